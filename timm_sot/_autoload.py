@@ -1,0 +1,55 @@
+""" Registers the models with timm without being asked
+
+timm has no plugin hook, but it imports torch, and torch >= 2.5 calls every entry point of the group `torch.backends` at
+the end of `import torch`; ours is `autoload`. It must not raise, which would break `import torch`, and must not import
+timm, which most programs that use torch do not need: it waits for it.
+"""
+import importlib
+import sys
+import warnings
+
+_TARGET = 'timm.models'  # once this has loaded, timm's registry is there to be added to
+
+
+class _TimmFinder:
+    """Meta-path finder that lets others find `timm.models` and registers our models once it has loaded."""
+
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        if name != _TARGET:
+            return None
+        others = (finder for finder in sys.meta_path if finder is not _TimmFinder)
+        spec = next(filter(None, (finder.find_spec(name, path, target) for finder in others)), None)
+        if spec is None or spec.loader is None:
+            return None
+        exec_module = spec.loader.exec_module
+
+        def exec_and_register(module):
+            exec_module(module)
+            if _TimmFinder in sys.meta_path:
+                sys.meta_path.remove(_TimmFinder)
+            _register()
+
+        # on the instance, which belongs to this one spec: the loader stays what it is for everybody else
+        spec.loader.exec_module = exec_and_register
+        return spec
+
+
+def _register():
+    attention = sys.modules.get('timm_sot.attention')
+    if attention is not None and not hasattr(attention, 'SOTAttention'):
+        return  # timm is being imported by attention.py, which the models need; it calls autoload when it is done
+    try:
+        importlib.import_module('timm_sot.cct')
+    except Exception as e:
+        warnings.warn(
+            f'timm-sot could not register its models with timm, they will be unknown to timm.create_model: '
+            f'{type(e).__name__}: {e}', RuntimeWarning)
+
+
+def autoload():
+    """Register timm-sot's models with timm: at once if timm is loaded, else as soon as it is."""
+    if _TARGET in sys.modules:
+        _register()
+    elif _TimmFinder not in sys.meta_path:
+        sys.meta_path.insert(0, _TimmFinder)

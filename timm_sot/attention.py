@@ -1,0 +1,255 @@
+""" Self-Optimal-Transport attention
+
+timm's multi-head self-attention with the attention matrix replaced by the Self-Optimal-Transport transform of the
+queries, or of the queries and the keys (see transform.py for the papers).
+"""
+from typing import Any, Dict, NamedTuple, Optional
+
+import torch
+import torch.nn.functional as F
+from timm.layers import Attention, maybe_add_mask, register_notrace_function
+
+from ._autoload import autoload
+from .transform import autocast_disabled, check_transform_args, compute_dtype, sot_matrix
+
+__all__ = ['SOTAttention', 'VARIANTS']
+
+
+class Variant(NamedTuple):
+    """How the attention weights are made; d is the head width."""
+    operands: str  # '': scores QK^T d^-1/2; 'q', 'qk', 'qkt': S d^-1/2 with S = SOT(Q), SOT(Q, K), SOT(Q, K^T)
+    softmax: bool  # whether a softmax over the keys follows
+
+
+VARIANTS: Dict[str, Variant] = {
+    'softmax': Variant('', True),
+    'sot_q': Variant('q', True),
+    'sot_q_nosoftmax': Variant('q', False),
+    'sot_qk': Variant('qk', True),
+    'sot_qk_nosoftmax': Variant('qk', False),
+    'sot_qkt': Variant('qkt', True),
+}
+
+
+def check_variant(variant: str, reg: float, iters: int, tol: Optional[float], distance: str = 'euclidean') -> None:
+    """Raise ValueError for an unknown variant or settings of it that are out of their range."""
+    if variant not in VARIANTS:
+        raise ValueError(f'variant={variant!r} is unknown; choose one of {tuple(VARIANTS)}.')
+    check_transform_args(distance, reg, iters, tol)
+
+
+@torch.fx.wrap
+@register_notrace_function
+def sot_attention_weights(
+        q: torch.Tensor,
+        k: torch.Tensor,
+        operands: str,
+        softmax: bool,
+        distance: str,
+        reg: float,
+        iters: int,
+        tol: Optional[float],
+) -> torch.Tensor:
+    """SOT attention weights before dropout, (B, H, N, D), (B, H, N, D) -> (B, H, N, N).
+
+    Args:
+        q: Queries.
+        k: Keys.
+        operands: What is matched: 'q' the queries among themselves, 'qk' the queries with the keys, 'qkt' the queries
+            (tokens, over channels) with the rows of K^T (channels, over tokens), which exists for N = D only.
+        softmax: Apply a softmax over the keys to S d^-1/2, or return S d^-1/2 itself.
+        distance: As `self_optimal_transport`; the costs are normalized by row.
+        reg: As `self_optimal_transport`.
+        iters: As `self_optimal_transport`.
+        tol: As `self_optimal_transport`.
+
+    Returns:
+        Weights in the dtype of `q`; computed in float32, or float64 for float64, also under autocast.
+    """
+    if torch.jit.is_scripting():  # TorchScript has no context managers to choose from
+        return _sot_attention_weights(q, k, operands, softmax, distance, reg, iters, tol)
+    with autocast_disabled(q.device):
+        return _sot_attention_weights(q, k, operands, softmax, distance, reg, iters, tol)
+
+
+def _sot_attention_weights(
+        q: torch.Tensor,
+        k: torch.Tensor,
+        operands: str,
+        softmax: bool,
+        distance: str,
+        reg: float,
+        iters: int,
+        tol: Optional[float],
+) -> torch.Tensor:
+    N, D = q.shape[-2], q.shape[-1]
+    if operands == 'qkt' and N != D:
+        raise ValueError(
+            f"variant 'sot_qkt' matches N tokens with D channels and needs N = D, got {N} tokens and head width {D}; "
+            f"change the image size or the number of heads, or use variant 'sot_qk'.")
+    dtype = compute_dtype(q)
+    x = q.to(dtype)
+    if operands == 'q':
+        y = x
+    elif operands == 'qk':
+        y = k.to(dtype)
+    else:
+        y = k.to(dtype).transpose(-2, -1)
+    weights = sot_matrix(x, y, distance, 'row', reg, iters, tol, None, True, True, True) * D ** -0.5
+    if softmax:
+        weights = weights.softmax(dim=-1)
+    return weights.to(q.dtype)
+
+
+class SOTAttention(Attention):
+    """Multi-head self-attention whose weights are a Self-Optimal-Transport matrix.
+
+    Modifications to timm's Attention:
+     - the attention weights are those of `variant`, of head width d:
+        'softmax'           softmax(Q K^T d^-1/2), timm's own
+        'sot_q'             softmax(S d^-1/2), S = SOT(Q)
+        'sot_qk'            softmax(S d^-1/2), S = SOT(Q, K)
+        'sot_qkt'           softmax(S d^-1/2), S = SOT(Q, K^T), for as many tokens as the head is wide
+        'sot_q_nosoftmax'   S d^-1/2, S = SOT(Q)
+        'sot_qk_nosoftmax'  S d^-1/2, S = SOT(Q, K)
+       The entries of S are in [0, 1] and its diagonal is 1; its rows do not sum to 1, so neither do those of the
+       variants without softmax.
+     - attention masks are refused by all variants but 'softmax'.
+    """
+    tol: Optional[float]
+
+    def __init__(
+            self,
+            dim: int,
+            num_heads: int = 8,
+            *,
+            variant: str = 'sot_qk',
+            reg: float = 0.1,
+            iters: int = 10,
+            tol: Optional[float] = None,
+            distance: str = 'euclidean',
+            **attention_kwargs: Any,
+    ) -> None:
+        """Initialize the SOTAttention module.
+
+        Args:
+            dim: Input dimension of the token embeddings.
+            num_heads: Number of attention heads.
+            variant: A key of `VARIANTS`, see the class.
+            reg: Entropy regularization of the transport plan, in units of the row-normalized cost (0 to 1).
+            iters: Number of Sinkhorn iterations; with `tol` the most that run.
+            tol: None runs exactly `iters` iterations, a number stops early as the original experiments did with 0.1;
+                it couples the images of a batch and synchronizes a GPU, see :func:`timm_sot.self_optimal_transport`.
+            distance: Cost between tokens, 'euclidean' or 'cosine'.
+            **attention_kwargs: Arguments of :class:`timm.layers.Attention`: qkv_bias, qk_norm, proj_bias, attn_drop,
+                proj_drop, norm_layer, device, dtype and what the installed timm has besides.
+
+        Raises:
+            ValueError: If one of the SOT arguments is out of its range.
+        """
+        super().__init__(dim, num_heads=num_heads, **attention_kwargs)
+        self.set_variant(variant, reg=reg, iters=iters, tol=tol, distance=distance)
+
+    def set_variant(
+            self,
+            variant: str,
+            *,
+            reg: float = 0.1,
+            iters: int = 10,
+            tol: Optional[float] = None,
+            distance: str = 'euclidean',
+    ) -> None:
+        """Change how the attention weights are made; the arguments are those of the constructor."""
+        check_variant(variant, reg, iters, tol, distance)
+        self.variant = variant
+        self.operands, self.softmax = VARIANTS[variant]
+        self.reg = float(reg)
+        self.iters = iters
+        self.tol = None if tol is None else float(tol)
+        self.distance = distance
+        # absent from the Attention of older timm versions
+        self.attn_dim = self.num_heads * self.head_dim
+        self.gate = getattr(self, 'gate', None)
+
+    def clear_variant(self) -> None:
+        """Remove what `set_variant` added, so that the layer can become timm's Attention."""
+        for name in ('variant', 'operands', 'softmax', 'reg', 'iters', 'tol', 'distance'):
+            delattr(self, name)
+
+    def forward(
+            self,
+            x: torch.Tensor,
+            attn_mask: Optional[torch.Tensor] = None,
+            is_causal: bool = False,
+    ) -> torch.Tensor:
+        B, N, C = x.shape
+        gate = self.gate(x).sigmoid() if self.gate is not None else None
+        qkv = self.qkv(x).reshape(B, N, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
+        q, k, v = qkv.unbind(0)  # (B, H, N, D)
+        q, k = self.q_norm(q), self.k_norm(k)
+
+        if self.operands == '' and self.fused_attn:
+            x = F.scaled_dot_product_attention(
+                q, k, v,
+                attn_mask=attn_mask,
+                dropout_p=self.attn_drop.p if self.training else 0.,
+                is_causal=is_causal,
+            )
+        else:
+            attn = self.attention_weights(q, k, attn_mask, is_causal)  # (B, H, N, N)
+            attn = self.attn_drop(attn)
+            x = attn @ v
+
+        x = x.transpose(1, 2).reshape(B, N, self.attn_dim)
+        x = self.norm(x)
+        if gate is not None:
+            x = x * gate
+        x = self.proj(x)
+        x = self.proj_drop(x)
+        return x
+
+    def attention_weights(
+            self,
+            q: torch.Tensor,
+            k: torch.Tensor,
+            attn_mask: Optional[torch.Tensor] = None,
+            is_causal: bool = False,
+    ) -> torch.Tensor:
+        """Attention weights before dropout, (B, H, N, D), (B, H, N, D) -> (B, H, N, N)."""
+        if self.operands == '':
+            attn = (q * self.scale) @ k.transpose(-2, -1)
+            attn = maybe_add_mask(attn, additive_mask(attn, attn_mask, is_causal))
+            return attn.softmax(dim=-1)
+        if attn_mask is not None or is_causal:
+            raise NotImplementedError(
+                "attn_mask and is_causal are supported by variant 'softmax' only: a transport plan spreads its mass "
+                "over all tokens. Leave them at None and False, or use variant 'softmax'.")
+        return sot_attention_weights(
+            q, k, self.operands, self.softmax, self.distance, self.reg, self.iters, self.tol)
+
+    def extra_repr(self) -> str:
+        if self.operands == '':
+            return f'variant={self.variant!r}'
+        return (f'variant={self.variant!r}, reg={self.reg}, iters={self.iters}, tol={self.tol}, '
+                f'distance={self.distance!r}')
+
+
+@torch.fx.wrap
+@register_notrace_function
+def additive_mask(
+        attn: torch.Tensor,
+        attn_mask: Optional[torch.Tensor] = None,
+        is_causal: bool = False,
+) -> Optional[torch.Tensor]:
+    """The mask arguments of scaled_dot_product_attention as a bias on the scores `attn`, None for no mask.
+
+    timm's own resolve_self_attn_mask, which the oldest supported timm lacks.
+    """
+    if is_causal:
+        return attn.new_full(attn.shape[-2:], float('-inf')).triu_(1)
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        return torch.zeros_like(attn_mask, dtype=attn.dtype).masked_fill_(~attn_mask, float('-inf'))
+    return attn_mask
+
+
+autoload()  # if this module was the one that imported timm, the models could not be registered before

@@ -1,0 +1,72 @@
+""" Self-Optimal-Transport attention inside any timm model """
+from typing import Optional, Sequence
+
+from timm.layers import Attention
+from torch import nn
+
+from .attention import SOTAttention, check_variant
+
+__all__ = ['apply_sot']
+
+
+def apply_sot(
+        model: nn.Module,
+        variant: str = 'sot_qk',
+        *,
+        reg: float = 0.1,
+        iters: int = 10,
+        tol: Optional[float] = None,
+        blocks: Optional[Sequence[int]] = None,
+) -> nn.Module:
+    """Give the attention layers of a timm model Self-Optimal-Transport weights, in place.
+
+    Every `timm.layers.Attention` of the model becomes a :class:`SOTAttention` with the same parameters (the very same
+    tensors), dropout rates, hooks, device, dtype and training mode. A layer that is one already changes its variant.
+    With `variant='softmax'` the layers become `timm.layers.Attention` again. Other modules, among them attention
+    layers of other classes and subclasses of `timm.layers.Attention` with a forward of their own, are left alone.
+
+    Args:
+        model: Model with `timm.layers.Attention` layers: ViT, DeiT, CCT and others.
+        variant: A key of `timm_sot.attention.VARIANTS`.
+        reg: Entropy regularization, see :class:`SOTAttention`.
+        iters: Number of Sinkhorn iterations.
+        tol: None runs exactly `iters` iterations, a number stops early, see :class:`SOTAttention`.
+        blocks: Which attention layers to change, counted in the order of `model.named_modules()` (in a ViT the block
+            numbers); negative numbers count from the end. None is all of them.
+
+    Returns:
+        The model that was passed in.
+
+    Raises:
+        ValueError: If the model has no such layer, `blocks` names one that it does not have, or another argument is out
+            of its range; the model is then unchanged.
+    """
+    layers = {name: module for name, module in model.named_modules() if type(module) in (Attention, SOTAttention)}
+    if not layers:
+        others = sorted({
+            f'{type(module).__module__}.{type(module).__qualname__}' for module in model.modules()
+            if 'attention' in type(module).__name__.lower()})
+        raise ValueError(
+            f'model ({type(model).__name__}) has no timm.layers.Attention or timm_sot.SOTAttention module to change; '
+            f'found {", ".join(others) if others else "no attention module of any class"}. '
+            f'Models that have one are those whose blocks use timm.layers.Attention, such as vit_*, deit_* and cct_*.')
+    indices = range(len(layers)) if blocks is None else blocks
+    for index in indices:
+        if not -len(layers) <= index < len(layers):
+            raise ValueError(
+                f'blocks={list(indices)} names attention layer {index}, but the model has {len(layers)} of them: '
+                f'choose from {-len(layers)} to {len(layers) - 1}, or None for all.')
+    check_variant(variant, reg, iters, tol)  # before the first layer is touched
+
+    layers = list(layers.values())
+    for index in indices:
+        layer = layers[index]
+        if variant == 'softmax':
+            if isinstance(layer, SOTAttention):
+                layer.clear_variant()
+                layer.__class__ = Attention
+        else:
+            distance = getattr(layer, 'distance', 'euclidean')
+            layer.__class__ = SOTAttention
+            layer.set_variant(variant, reg=reg, iters=iters, tol=tol, distance=distance)
+    return model

@@ -1,0 +1,92 @@
+""" The Sinkhorn solver
+
+Alternating projections onto the row and column marginals of an entropy-regularized transport plan, in the log domain
+(Cuturi, 'Sinkhorn Distances', 2013 - https://arxiv.org/abs/1306.0895; log domain as in Peyre & Cuturi, 'Computational
+Optimal Transport', 2019, section 4.4 - https://arxiv.org/abs/1803.00567).
+"""
+import math
+from typing import Optional
+
+import torch
+
+__all__ = ['sinkhorn']
+
+
+def sinkhorn(
+        log_kernel: torch.Tensor,
+        *,
+        iters: int = 10,
+        tol: Optional[float] = None,
+        row_mass: Optional[float] = None,
+) -> torch.Tensor:
+    """Scale a kernel to a transport plan with uniform marginals by Sinkhorn iterations in the log domain.
+
+    With L the log-kernel, r = `row_mass` the mass of every row and c = N r / M the mass of every column, one iteration
+    from v = 0 is
+
+        u = log r - logsumexp_j(L + v),    v = log c - logsumexp_i(L + u)
+
+    and the plan is log P = L + u + v. The column sums of P are exact, the row sums converge to r. The gradient is that
+    of the iterations that ran, not of their limit.
+
+    Args:
+        log_kernel: Log-kernel of shape (..., N, M), -cost / reg in transport. Entries may be -inf (no mass there, zero
+            gradient) as long as every row and every column has a finite one. Leading dimensions are independent
+            problems.
+        iters: Number of iterations, at least 1; with `tol` the most that run.
+        tol: None runs exactly `iters` iterations. A number stops after the first iteration in which the mean over all
+            problems of sum_i |u_i - previous u_i| (previous u of the first is 0) is below it: this makes the result
+            of one problem depend on the others, and on a GPU it synchronizes with the host in every iteration.
+        row_mass: Mass of each row of the plan, None for 1 / N (total mass 1).
+
+    Returns:
+        Log-plan of shape (..., N, M), in the dtype of `log_kernel`; computed in float32, or float64 for float64.
+
+    Raises:
+        ValueError: If an argument is out of its range or `log_kernel` has fewer than two dimensions.
+    """
+    check_sinkhorn_args(iters, tol, row_mass)
+    if log_kernel.ndim < 2:
+        raise ValueError(
+            f'log_kernel must have shape (..., N, M), got {tuple(log_kernel.shape)}; add a dimension for a single row.')
+    if not log_kernel.is_floating_point():
+        raise ValueError(f'log_kernel must be floating point, got {log_kernel.dtype}; convert it, e.g. with .float().')
+    return solve(log_kernel.to(compute_dtype(log_kernel)), iters, tol, row_mass).to(log_kernel.dtype)
+
+
+def check_sinkhorn_args(iters: int, tol: Optional[float], row_mass: Optional[float] = None) -> None:
+    """Raise ValueError for settings that no Sinkhorn run can follow."""
+    if isinstance(iters, bool) or not isinstance(iters, int) or iters < 1:
+        raise ValueError(f'iters={iters!r} must be an integer of at least 1; 10 is the default.')
+    if tol is not None and not tol >= 0:
+        raise ValueError(f'tol={tol!r} must be None (run exactly iters iterations) or a number of at least 0.')
+    if row_mass is not None and not 0 < row_mass < float('inf'):
+        raise ValueError(f'row_mass={row_mass!r} must be a positive finite number, or None for 1 / N.')
+
+
+def compute_dtype(x: torch.Tensor) -> torch.dtype:
+    """The dtype that Sinkhorn arithmetic on `x` runs in: half precisions carry neither the sums nor the logarithms."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def solve(
+        log_kernel: torch.Tensor,
+        iters: int,
+        tol: Optional[float],
+        row_mass: Optional[float],
+) -> torch.Tensor:
+    """`sinkhorn` without its checks and casts: positional and scriptable, for the layers above."""
+    N, M = log_kernel.shape[-2], log_kernel.shape[-1]
+    log_r = -math.log(N) if row_mass is None else math.log(row_mass)
+    log_c = log_r + math.log(N) - math.log(M)
+
+    u = torch.zeros_like(log_kernel[..., :1])  # (..., N, 1)
+    v = torch.zeros_like(log_kernel[..., :1, :])  # (..., 1, M)
+    for _ in range(iters):
+        u_prev = u
+        u = log_r - torch.logsumexp(log_kernel + v, dim=-1, keepdim=True)
+        v = log_c - torch.logsumexp(log_kernel + u, dim=-2, keepdim=True)
+        if tol is not None:
+            if bool((u - u_prev).detach().abs().sum(dim=[-2, -1]).mean() < tol):
+                break
+    return log_kernel + u + v
