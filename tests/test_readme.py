@@ -1,0 +1,86 @@
+"""README's code runs, and its commands name what exists."""
+import re
+import shlex
+from importlib.metadata import entry_points, requires
+from pathlib import Path
+
+import pytest
+import timm
+from timm_scripts import TRAIN_OPTIONS, VALIDATE_OPTIONS
+
+import timm_sot
+from timm_sot.attention import VARIANTS
+from timm_sot.cct import CCT
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / 'README.md').read_text()
+PYTHON = re.findall(r'```python\n(.*?)```', README, re.S)
+BASH = [block.strip() for block in re.findall(r'```bash\n(.*?)```', README, re.S)]
+SCRIPTS = {'train.py': TRAIN_OPTIONS, 'validate.py': VALIDATE_OPTIONS}
+
+
+@pytest.mark.parametrize('code', PYTHON)
+def test_code_runs(code):
+    exec(compile(code, 'README.md', 'exec'), {})
+
+
+def commands_of_scripts():
+    for block in BASH:
+        for line in block.splitlines():
+            if (words := shlex.split(line)) and words[0] == 'python':
+                yield words[1:]
+
+
+@pytest.mark.parametrize('words', [*commands_of_scripts()], ids=' '.join)
+def test_commands_for_timms_scripts(words):
+    script, *words = words
+    options = {word for word in words if word.startswith('--')}
+    assert options <= SCRIPTS[script]
+    value = dict(zip(words, words[1:]))
+    assert timm.is_model(value['--model'])
+    assert (ROOT / value.get('--config', 'README.md')).exists()
+    for word in words:
+        if re.match(r'\w+=', word):
+            assert word.split('=')[0] in CCT.__init__.__annotations__
+
+
+def test_other_commands_are_run_by_ci():
+    ci = (ROOT / '.ci' / 'run').read_text()
+    others = [block for block in BASH if 'python ' not in block]
+    assert others
+    for block in others:
+        assert block in ci, block
+
+
+def test_inline_names_exist():
+    options = set(re.findall(r'`(--[\w-]+)', README))
+    study = {'--data-dir'}
+    assert options <= TRAIN_OPTIONS | VALIDATE_OPTIONS | study
+    for name in re.findall(r'`(cct_\w+)`', README):
+        assert timm.is_model(name), name
+    for name in re.findall(r'`([\w-]+\.yaml)`', README):
+        assert (ROOT / 'train_configs' / name).exists(), name
+    for name in re.findall(r'`(sot_(?:reg|iters|tol)|pos_embed|kernel_size|n_conv_layers|dynamic_img_size|attn)`', README):
+        assert name in CCT.__init__.__annotations__, name
+
+
+def test_extras_and_script_exist():
+    extras = set(re.findall(r"pip install '\.\[(\w+)\]'", README))
+    assert extras == {'all', 'test'}
+    assert extras <= {extra for line in requires('timm-sot') for extra in re.findall(r'extra == ["\'](\w+)', line)}
+    assert 'timm-sot' in {script.name for script in entry_points(group='console_scripts')}
+
+
+def test_registry_table_is_complete():
+    for name in timm.list_models(module='cct'):
+        assert f'`{name}`' in README, name
+    rows = re.findall(r'^\| `(cct_\d+)` .* \| ([\d.]+) M \|$', README, re.M)
+    assert len(rows) == 5
+    for name, millions in rows:
+        model = timm.create_model(name, device='meta')
+        assert f'{sum(p.numel() for p in model.parameters()) / 1e6:.2f}' == millions
+
+
+def test_variant_table_is_complete():
+    assert re.findall(r'^\| `(softmax|sot_\w+)` \| \S*[sS]', README, re.M) == list(VARIANTS)
+    assert set(timm_sot.__all__) <= set(re.findall(r'\w+', README))
