@@ -5,10 +5,10 @@ torch itself: torch loads it as one of its `torch.backends` entry points, in the
 names are resolved when they are first used.
 """
 import importlib
-from typing import TYPE_CHECKING
 
 from ._autoload import autoload
 
+TYPE_CHECKING = False  # type checkers know the name; importing typing would cost a bare interpreter milliseconds
 if TYPE_CHECKING:
     from .attention import SOTAttention
     from .patch import apply_sot

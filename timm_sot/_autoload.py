@@ -18,21 +18,29 @@ class _TimmFinder:
     def find_spec(name, path=None, target=None):
         if name != _TARGET:
             return None
-        others = (finder for finder in sys.meta_path if finder is not _TimmFinder)
-        spec = next(filter(None, (finder.find_spec(name, path, target) for finder in others)), None)
+        finders = (getattr(finder, 'find_spec', None) for finder in sys.meta_path if not _is_ours(finder))
+        specs = (find_spec(name, path, target) for find_spec in finders if find_spec is not None)
+        spec = next(filter(None, specs), None)
         if spec is None or spec.loader is None:
             return None
-        exec_module = spec.loader.exec_module
-
-        def exec_and_register(module):
-            exec_module(module)
-            if _TimmFinder in sys.meta_path:
-                sys.meta_path.remove(_TimmFinder)
-            _register()
-
-        # on the instance, which belongs to this one spec: the loader stays what it is for everybody else
-        spec.loader.exec_module = exec_and_register
+        try:
+            exec_module = spec.loader.exec_module
+            # on the instance: the loader's class stays what it is for everybody else
+            spec.loader.exec_module = lambda module: _exec_and_register(exec_module, module)
+        except (AttributeError, TypeError) as e:  # a loader of the old protocol, or one that takes no attributes
+            _warn(e)
         return spec
+
+
+def _exec_and_register(exec_module, module):
+    exec_module(module)
+    if module.__name__ == _TARGET:  # one loader may serve many modules, that of a zip file does
+        sys.meta_path[:] = [finder for finder in sys.meta_path if not _is_ours(finder)]
+        _register()
+
+
+def _is_ours(finder):
+    return getattr(finder, '__module__', None) == __name__  # and not `is _TimmFinder`: this module may be reloaded
 
 
 def _register():
@@ -42,14 +50,18 @@ def _register():
     try:
         importlib.import_module('timm_sot.cct')
     except Exception as e:
-        warnings.warn(
-            f'timm-sot could not register its models with timm, they will be unknown to timm.create_model: '
-            f'{type(e).__name__}: {e}', RuntimeWarning)
+        _warn(e)
+
+
+def _warn(e):
+    warnings.warn(
+        f'timm-sot could not register its models with timm, they will be unknown to timm.create_model: '
+        f'{type(e).__name__}: {e}', RuntimeWarning)
 
 
 def autoload():
     """Register timm-sot's models with timm: at once if timm is loaded, else as soon as it is."""
     if _TARGET in sys.modules:
         _register()
-    elif _TimmFinder not in sys.meta_path:
+    elif not any(map(_is_ours, sys.meta_path)):
         sys.meta_path.insert(0, _TimmFinder)

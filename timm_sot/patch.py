@@ -56,11 +56,11 @@ def apply_sot(
             raise ValueError(
                 f'blocks={list(indices)} names attention layer {index}, but the model has {len(layers)} of them: '
                 f'choose from {-len(layers)} to {len(layers) - 1}, or None for all.')
+    layers = list(layers.values())
+    selected = [layers[index] for index in indices]
     check_variant(variant, reg, iters, tol)  # before the first layer is touched
 
-    layers = list(layers.values())
-    for index in indices:
-        layer = layers[index]
+    for layer in selected:
         if variant == 'softmax':
             if isinstance(layer, SOTAttention):
                 layer.clear_variant()

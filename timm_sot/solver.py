@@ -43,12 +43,13 @@ def sinkhorn(
         Log-plan of shape (..., N, M), in the dtype of `log_kernel`; computed in float32, or float64 for float64.
 
     Raises:
-        ValueError: If an argument is out of its range or `log_kernel` has fewer than two dimensions.
+        ValueError: If an argument is out of its range or `log_kernel` is not a stack of non-empty matrices.
     """
     check_sinkhorn_args(iters, tol, row_mass)
-    if log_kernel.ndim < 2:
+    if log_kernel.ndim < 2 or 0 in log_kernel.shape[-2:]:
         raise ValueError(
-            f'log_kernel must have shape (..., N, M), got {tuple(log_kernel.shape)}; add a dimension for a single row.')
+            f'log_kernel must have shape (..., N, M) with at least one row and one column, got '
+            f'{tuple(log_kernel.shape)}; add a dimension for a single row.')
     if not log_kernel.is_floating_point():
         raise ValueError(f'log_kernel must be floating point, got {log_kernel.dtype}; convert it, e.g. with .float().')
     return solve(log_kernel.to(compute_dtype(log_kernel)), iters, tol, row_mass).to(log_kernel.dtype)

@@ -11,7 +11,6 @@ from contextlib import nullcontext
 from typing import ContextManager, Optional
 
 import torch
-import torch.nn.functional as F
 
 from .solver import check_sinkhorn_args, compute_dtype, solve
 
@@ -78,15 +77,15 @@ def self_optimal_transport(
         raise ValueError(f'x must be floating point, got {x.dtype}; convert it, e.g. with .float().')
     if x.ndim < 2 or x.shape[-2] < 1:
         raise ValueError(f'x must have shape (..., N, D) with at least one point, got {tuple(x.shape)}.')
-    y = x if y is None else y
-    if x.shape != y.shape:
+    if y is not None and x.shape != y.shape:
         raise ValueError(
             f'x and y must have the same shape (..., N, D), got x {tuple(x.shape)} and y {tuple(y.shape)}; '
             f'a set is matched with one of equal size, for other sizes build the log-kernel and call sinkhorn.')
     with autocast_disabled(x.device):
-        dtype = compute_dtype(x)
+        points = x.to(compute_dtype(x))  # cast once: with two, float16 gradients can overflow before their sum
+        others = points if y is None else y.to(points.dtype)
         out = sot_matrix(
-            x.to(dtype), y.to(dtype), distance, normalize, reg, iters, tol, row_mass, mask_diagonal, sigmoid, max_scale)
+            points, others, distance, normalize, reg, iters, tol, row_mass, mask_diagonal, sigmoid, max_scale)
     return out.to(x.dtype)
 
 
@@ -107,9 +106,11 @@ def check_transform_args(
 
 def autocast_disabled(device: torch.device) -> ContextManager:
     """A context in which autocast leaves the solver's float32 alone, on devices that have autocast at all."""
-    if torch.amp.is_autocast_available(device.type):
-        return torch.autocast(device.type, enabled=False)
-    return nullcontext()
+    if torch.compiler.is_compiling():  # torch 2.5 cannot trace the question
+        available = device.type != 'meta'
+    else:
+        available = torch.amp.is_autocast_available(device.type)
+    return torch.autocast(device.type, enabled=False) if available else nullcontext()
 
 
 def sot_matrix(
@@ -147,7 +148,7 @@ def sot_matrix(
 def pairwise_cost(x: torch.Tensor, y: torch.Tensor, distance: str, normalize: Optional[str]) -> torch.Tensor:
     """Normalized costs between the rows of x and y, (..., N, D), (..., M, D) -> (..., N, M)."""
     if distance == 'cosine':
-        cost = 1. - F.normalize(x, dim=-1) @ F.normalize(y, dim=-1).transpose(-2, -1)
+        cost = 1. - unit_rows(x) @ unit_rows(y).transpose(-2, -1)
     else:
         # not through a matrix product: |x|^2 + |y|^2 - 2xy cancels, and equal points would not have distance 0
         cost = torch.cdist(x, y, compute_mode='donot_use_mm_for_euclid_dist')
@@ -158,3 +159,9 @@ def pairwise_cost(x: torch.Tensor, y: torch.Tensor, distance: str, normalize: Op
     else:
         largest = cost.amax(dim=(-2, -1), keepdim=True)
     return cost / largest.masked_fill(largest == 0, 1.)
+
+
+def unit_rows(x: torch.Tensor) -> torch.Tensor:
+    """Rows of x divided by their length. A zero row stays zero and gets no gradient, where F.normalize has 1e12."""
+    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return x / length.masked_fill(length == 0, float('inf'))

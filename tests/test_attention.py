@@ -1,0 +1,462 @@
+""" Self-Optimal-Transport attention """
+import copy
+import inspect
+import io
+import math
+import pickle
+import re
+from pathlib import Path
+
+import pytest
+import timm.layers.attention
+import torch
+from safetensors.torch import load_file
+from timm.layers import Attention
+from torch import nn
+
+import reference
+from reference import error
+from timm_sot import SOTAttention
+from timm_sot.attention import VARIANTS
+
+GOLDEN = load_file(Path(__file__).parent / 'golden' / 'sot_attention.safetensors')
+ALL = ['softmax', 'sot_q', 'sot_q_nosoftmax', 'sot_qk', 'sot_qk_nosoftmax', 'sot_qkt']
+SOT = ALL[1:]
+
+# The constructor of timm's Attention, as SOTAttention knows it, and what to try of it in the installed timm
+ATTENTION_PARAMETERS = {
+    'dim', 'num_heads', 'attn_head_dim', 'dim_out', 'qkv_bias', 'qk_norm', 'scale_norm', 'proj_bias', 'gated',
+    'attn_drop', 'proj_drop', 'norm_layer', 'device', 'dtype',
+}
+FEATURES = {
+    'plain': {},
+    'qkv_bias': dict(qkv_bias=True),
+    'no_proj_bias': dict(proj_bias=False),
+    'qk_norm': dict(qk_norm=True, norm_layer=nn.LayerNorm),
+    'scale_norm': dict(scale_norm=True, norm_layer=nn.LayerNorm),
+    'gated': dict(gated=True, qkv_bias=True),
+    'attn_head_dim': dict(attn_head_dim=24),
+    'dim_out': dict(dim_out=40),
+    'all_at_once': dict(qk_norm=True, scale_norm=True, norm_layer=nn.LayerNorm, gated=True, attn_head_dim=24),
+}
+INSTALLED = set(inspect.signature(Attention.__init__).parameters) - {'self'}
+FEATURES = {name: kwargs for name, kwargs in FEATURES.items() if set(kwargs) <= INSTALLED}
+
+
+def make_tokens(batch=2, tokens=16, dim=32, seed=0):
+    return torch.randn(batch, tokens, dim, generator=torch.Generator().manual_seed(seed))
+
+
+def make_layer(variant='sot_qk', cls=SOTAttention, dim=32, num_heads=2, **kwargs):
+    """A layer with weights that make attention uneven; the same ones for the same arguments of timm."""
+    if cls is SOTAttention:
+        kwargs['variant'] = variant
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        layer = cls(dim, num_heads, **kwargs)
+        for p in layer.parameters():
+            nn.init.normal_(p, std=0.2)
+    return layer.eval()
+
+
+def watch(layer):
+    """A dict that holds the q, k and attention weights of the layer's last forward, from hooks."""
+    seen = {}
+    layer.q_norm.register_forward_hook(lambda module, args, out: seen.update(q=out))
+    layer.k_norm.register_forward_hook(lambda module, args, out: seen.update(k=out))
+    layer.attn_drop.register_forward_hook(lambda module, args, out: seen.update(weights=args[0], dropped=out))
+    return seen
+
+
+def test_table_of_variants():
+    assert list(VARIANTS) == ALL
+
+
+# The golden file: what the code of the experiments computed
+
+@pytest.mark.parametrize('variant', ALL)
+def test_golden(variant):
+    layer = SOTAttention(128, 2, variant=variant, tol=0.1).eval()
+    layer.fused_attn = False
+    layer.load_state_dict({name: GOLDEN[name] for name in ('qkv.weight', 'proj.weight', 'proj.bias')})
+    seen = watch(layer)
+    out = layer(GOLDEN['x'])
+    assert error(seen['weights'], GOLDEN[f'{variant}.attn']) < 1e-5
+    assert error(out, GOLDEN[f'{variant}.out']) < 1e-5
+
+
+# Agreement with the float64 reference
+
+@pytest.mark.parametrize('reg, iters, tol', [(0.1, 10, None), (0.02, 3, None), (1., 20, 0.1)])
+@pytest.mark.parametrize('distance', ['euclidean', 'cosine'])
+@pytest.mark.parametrize('variant', ALL)
+def test_weights_equal_reference(variant, distance, reg, iters, tol):
+    layer = make_layer(variant, reg=reg, iters=iters, tol=tol, distance=distance)
+    layer.fused_attn = False
+    seen = watch(layer)
+    layer(make_tokens())
+    expected = reference.attention_weights(seen['q'], seen['k'], variant, reg, iters, tol, distance)
+    assert error(seen['weights'], expected) < 1e-5
+
+
+def test_defaults():
+    assert make_layer().extra_repr() == SOTAttention(
+        32, variant='sot_qk', reg=0.1, iters=10, tol=None, distance='euclidean').extra_repr()
+    assert SOTAttention(32).num_heads == Attention(32).num_heads
+
+
+@pytest.mark.parametrize('feature', FEATURES)
+@pytest.mark.parametrize('variant', SOT)
+def test_features_of_timm_hold_in_sot_variants(variant, feature):
+    layer = make_layer(variant, **FEATURES[feature])
+    x = make_tokens(tokens=layer.head_dim)
+    seen = watch(layer)
+    out = layer(x)
+
+    B, N, C = x.shape
+    v = layer.qkv(x).reshape(B, N, 3, 2, layer.head_dim)[:, :, 2].transpose(1, 2)
+    expected = reference.attention_weights(seen['q'], seen['k'], variant).float() @ v
+    expected = layer.norm(expected.transpose(1, 2).flatten(2))
+    if 'gated' in FEATURES[feature]:
+        expected = expected * layer.gate(x).sigmoid()
+    assert error(out, layer.proj(expected)) < 1e-5
+    assert ('qk_norm' in FEATURES[feature]) == isinstance(layer.q_norm, nn.LayerNorm)
+
+
+@pytest.mark.parametrize('variant', SOT)
+def test_gradients_equal_reference(variant):
+    layer = make_layer(variant)
+    seen = watch(layer)
+    out = layer(make_tokens())
+    seen['q'].retain_grad()
+    seen['k'].retain_grad()
+    seen['weights'].retain_grad()
+    out.square().sum().backward()
+
+    q, k = (seen[name].detach().double().requires_grad_() for name in 'qk')
+    expected = reference.attention_weights(q, k, variant)
+    expected.backward(seen['weights'].grad.double())
+    assert error(seen['q'].grad, q.grad) < 1e-4
+    if variant.startswith('sot_q_') or variant == 'sot_q':
+        assert seen['k'].grad is None and k.grad is None, 'the keys are not used'
+    else:
+        assert error(seen['k'].grad, k.grad) < 1e-4
+
+
+@pytest.mark.parametrize('variant', ['sot_q', 'sot_qk'])
+def test_images_of_a_batch_are_independent(variant):
+    layer = make_layer(variant)
+    x = make_tokens(batch=3) * torch.tensor([0.1, 1., 10.])[:, None, None]
+    together = layer(x)
+    for b in range(3):
+        assert error(layer(x[b:b + 1])[0], together[b]) < 1e-6
+
+
+@pytest.mark.parametrize('variant', ['sot_q', 'sot_q_nosoftmax', 'sot_qk', 'sot_qk_nosoftmax'])
+def test_permutation_equivariance(variant):
+    layer = make_layer(variant)
+    x = make_tokens()
+    order = torch.randperm(16, generator=torch.Generator().manual_seed(0))
+    assert error(layer(x[:, order]), layer(x)[:, order]) < 1e-5
+
+
+# The weights
+
+@pytest.mark.parametrize('variant', ALL)
+def test_row_sums_and_range(variant):
+    layer = make_layer(variant)
+    layer.fused_attn = False
+    seen = watch(layer)
+    layer(make_tokens())
+    row_sums = seen['weights'].sum(dim=-1)
+    if not variant.endswith('_nosoftmax'):
+        assert (row_sums - 1).abs().max() < 1e-6
+    else:
+        assert (row_sums - 1).abs().min() > 1e-3, 'rows of S d^-1/2 do not sum to 1'
+        S = seen['weights'] * layer.head_dim ** 0.5
+        assert (S >= 0).all() and (S <= 1 + 1e-6).all()
+        assert (S.diagonal(dim1=-2, dim2=-1) - 1).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize('fused', [False, True])
+@pytest.mark.parametrize('variant', ALL)
+def test_weights_pass_through_attn_drop(variant, fused):
+    layer = make_layer(variant)
+    layer.fused_attn = fused
+    x = make_tokens()
+    calls = []
+
+    def every_token_sees_itself_only(module, args, out):
+        calls.append(out.shape)
+        return torch.eye(16).expand_as(out)
+
+    layer.attn_drop.register_forward_hook(every_token_sees_itself_only)
+    out = layer(x)
+    if fused and variant == 'softmax':
+        assert calls == [], 'the fused softmax never holds its weights'
+    else:
+        assert calls == [(2, 2, 16, 16)]
+        assert error(out, layer.proj(layer.qkv(x)[..., 64:])) < 1e-5, 'what the hook returned was not used'
+
+
+@pytest.mark.parametrize('variant', ALL)
+def test_dropout(variant):
+    x = make_tokens()
+    layer = make_layer(variant, attn_drop=0.5)
+    layer.fused_attn = False
+    seen = watch(layer)
+    torch.manual_seed(0)
+    layer.train()
+    first = layer(x)
+    kept = seen['dropped'] != 0
+    assert 0.4 < kept.float().mean() < 0.6
+    assert error(seen['dropped'][kept], 2 * seen['weights'][kept]) < 1e-6
+    assert not torch.equal(layer(x), first)
+    without = make_layer(variant)
+    without.fused_attn = False
+    assert torch.equal(layer.eval()(x), without(x))
+
+    layer = make_layer(variant, proj_drop=0.5)
+    assert 0.4 < (layer.train()(x) == 0).float().mean() < 0.6
+    assert not (layer.eval()(x) == 0).any()
+
+
+# 'softmax' is timm's Attention
+
+MASKS = {
+    'none': {},
+    'float': dict(attn_mask=torch.randn(16, 16, generator=torch.Generator().manual_seed(0))),
+    'bool': dict(attn_mask=torch.ones(2, 1, 16, 16, dtype=torch.bool).tril(2)),
+    'causal': dict(is_causal=True),
+}
+FORWARD = set(inspect.signature(Attention.forward).parameters)
+MASKS = {name: mask for name, mask in MASKS.items() if set(mask) <= FORWARD}
+if not hasattr(timm.layers.attention, 'resolve_self_attn_mask'):
+    MASKS.pop('bool', None)  # before, timm added a bool mask to the scores unless fused
+
+
+@pytest.mark.parametrize('mask', MASKS)
+@pytest.mark.parametrize('feature', FEATURES)
+@pytest.mark.parametrize('fused', [False, True])
+def test_softmax_is_timms_attention_bit_for_bit(fused, feature, mask):
+    ours = make_layer('softmax', attn_drop=0.2, proj_drop=0.2, **FEATURES[feature])
+    timms = make_layer(cls=Attention, attn_drop=0.2, proj_drop=0.2, **FEATURES[feature])
+    assert ours.fused_attn == timms.fused_attn
+    ours.fused_attn = timms.fused_attn = fused
+    assert ours.state_dict().keys() == timms.state_dict().keys()
+    for training in (False, True):
+        results = []
+        for layer in (ours, timms):
+            x = make_tokens().requires_grad_()
+            torch.manual_seed(1)
+            out = layer.train(training)(x, **MASKS[mask])
+            results.append((out, *torch.autograd.grad(out.square().sum(), (x, *layer.parameters()))))
+        assert all(map(torch.equal, *results))
+
+
+def test_all_of_timms_attention_is_known():
+    """SOTAttention has a forward of its own: what timm adds to its Attention would silently be ignored there."""
+    new = INSTALLED - ATTENTION_PARAMETERS
+    assert not new, f'timm.layers.Attention has new parameters: make SOTAttention.forward do what {sorted(new)} ask for'
+    new = FORWARD - {'self', 'x', 'attn_mask', 'is_causal'}
+    assert not new, f'timm.layers.Attention.forward has new parameters: make that of SOTAttention take {sorted(new)}'
+    methods = {name for name, value in vars(Attention).items() if inspect.isfunction(value)}
+    assert methods == {'__init__', 'forward'}, 'timm.layers.Attention has new methods: see what they do'
+
+
+@pytest.mark.skipif('bool' not in MASKS, reason='this timm has no bool masks in its unfused path')
+def test_a_mask_leaves_no_weight_in_float16():
+    layer = make_layer('softmax').half()
+    layer.fused_attn = False
+    seen = watch(layer)
+    mask = MASKS['bool']['attn_mask']
+    out = layer(make_tokens().half(), attn_mask=mask)
+    assert out.isfinite().all()
+    assert (seen['weights'][~mask.expand(2, 2, 16, 16)] == 0).all()
+    assert (seen['weights'].float().sum(dim=-1) - 1).abs().max() < 1e-2
+
+
+@pytest.mark.parametrize('mask', [
+    dict(attn_mask=torch.zeros(16, 16)),
+    dict(attn_mask=torch.ones(16, 16, dtype=torch.bool)),
+    dict(is_causal=True),
+])
+@pytest.mark.parametrize('variant', SOT)
+def test_masks_are_refused_by_sot_variants(variant, mask):
+    layer = make_layer(variant)
+    with pytest.raises(NotImplementedError, match="attn_mask and is_causal are supported by variant 'softmax' only"):
+        layer(make_tokens(), **mask)
+    layer(make_tokens(), attn_mask=None, is_causal=False)
+
+
+# Precision
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize('variant', ALL)
+def test_dtype_argument(variant, dtype):
+    layer = make_layer(variant, dtype=dtype)
+    layer.fused_attn = False
+    assert {p.dtype for p in layer.parameters()} == {dtype}
+    seen = watch(layer)
+    out = layer(make_tokens().to(dtype))
+    out.float().square().sum().backward()
+    assert out.dtype == dtype and out.isfinite().all()
+    assert all(p.grad.dtype == dtype and p.grad.isfinite().all() for p in layer.parameters())
+    # the reference of the q and k that the layer has rounded; only SOT is computed wider than these
+    assert seen['weights'].dtype == dtype
+    expected = reference.attention_weights(seen['q'], seen['k'], variant)
+    rounding = torch.finfo(dtype).eps * (8 if variant == 'softmax' else 0.5)
+    assert error(seen['weights'], expected) < rounding + (1e-12 if dtype == torch.float64 else 1e-5)
+
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize('distance', ['euclidean', 'cosine'])
+@pytest.mark.parametrize('variant', SOT)
+def test_autocast(variant, distance, dtype):
+    layer = make_layer(variant, distance=distance)
+    seen = watch(layer)
+    expected_out = layer(make_tokens())
+    with torch.autocast('cpu', dtype=dtype):
+        out = layer(make_tokens())
+    out.float().square().sum().backward()
+    assert seen['q'].dtype == seen['weights'].dtype == out.dtype == dtype, 'autocast was not on'
+    expected = reference.attention_weights(seen['q'], seen['k'], variant, distance=distance)
+    assert error(seen['weights'], expected) < torch.finfo(dtype).eps / 2 + 1e-5
+    # the plan is steep: what rounded tokens do to it is no error, but it stays the same computation
+    assert error(out, expected_out) < 0.2
+    assert all(p.grad.isfinite().all() for p in layer.parameters())
+
+
+# Errors: the argument, its value, what would work
+
+@pytest.mark.parametrize('how', ['constructor', 'set_variant'])
+@pytest.mark.parametrize('name, value, works', [
+    ('variant', 'sot', "is unknown; choose one of ('softmax', 'sot_q', 'sot_q_nosoftmax', 'sot_qk', "
+                       "'sot_qk_nosoftmax', 'sot_qkt')"),
+    ('variant', 'sot_qkt_nosoftmax', 'is unknown; choose one of'),
+    *(('reg', value, 'must be a positive finite number; 0.1 is the default') for value in (0, -1., math.inf, math.nan)),
+    *(('iters', value, 'must be an integer of at least 1; 10 is the default') for value in (0, -1, 1.5)),
+    *(('tol', value, 'must be None (run exactly iters iterations) or a number of at least 0') for value in (
+        -1, math.nan)),
+    ('distance', 'l1', "is unknown; choose one of ('euclidean', 'cosine')"),
+])
+def test_bad_arguments(how, name, value, works):
+    kwargs = {'variant': 'sot_q', name: value}
+    layer = make_layer('sot_qk', reg=0.3)
+    before = dict(vars(layer))
+    with pytest.raises(ValueError, match=re.escape(f'{name}={value!r} {works}')):
+        if how == 'constructor':
+            SOTAttention(32, 2, **kwargs)
+        else:
+            layer.set_variant(**kwargs)
+    assert vars(layer) == before
+
+
+def test_unknown_keyword_is_refused():
+    with pytest.raises(TypeError, match='regularization'):
+        SOTAttention(32, 2, regularization=0.1)
+
+
+@pytest.mark.parametrize('tokens', [15, 17, 64])
+def test_qkt_needs_as_many_tokens_as_channels(tokens):
+    layer = make_layer('sot_qkt')  # legal for any token count, as it is not known yet
+    layer(make_tokens(tokens=16))
+    message = f"variant 'sot_qkt' .* needs N = D, got {tokens} tokens and head width 16; .* use variant 'sot_qk'"
+    with pytest.raises(ValueError, match=message):
+        layer(make_tokens(tokens=tokens))
+    layer(make_tokens(tokens=16))
+
+
+# As a module among others
+
+@pytest.mark.parametrize('variant', ALL)
+def test_extra_repr(variant):
+    shown = repr(make_layer(variant, reg=0.3, iters=7, tol=0.01, distance='cosine'))
+    assert f'variant={variant!r}' in shown
+    settings = "reg=0.3, iters=7, tol=0.01, distance='cosine'"
+    assert (settings in shown) == (variant != 'softmax'), 'softmax has no settings of its own'
+
+
+def pickled(layer):
+    return pickle.loads(pickle.dumps(layer))
+
+
+def saved(layer):
+    buffer = io.BytesIO()
+    torch.save(layer, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=False)
+
+
+@pytest.mark.parametrize('duplicate', [copy.deepcopy, pickled, saved])
+@pytest.mark.parametrize('variant', ALL)
+def test_copies(variant, duplicate):
+    layer = make_layer(variant, reg=0.3, iters=3, tol=0.01, distance='cosine')
+    twin = duplicate(layer)
+    assert type(twin) is SOTAttention and repr(twin) == repr(layer)
+    assert torch.equal(twin(make_tokens()), layer(make_tokens()))
+    with torch.no_grad():
+        twin.qkv.weight.zero_()
+    assert (layer.qkv.weight != 0).all(), 'the copy shares its weights'
+
+
+def test_state_dict_is_timms():
+    assert make_layer().state_dict().keys() == make_layer(cls=Attention).state_dict().keys()
+
+
+def output_and_gradients(layer, x):
+    x = x.detach().requires_grad_()
+    layer.zero_grad()
+    out = layer(x)
+    out.square().sum().backward()
+    return [out.detach(), x.grad, *(p.grad for p in layer.parameters())]
+
+
+@pytest.mark.filterwarnings('ignore:.*torch.jit')
+@pytest.mark.parametrize('kwargs', [{}, dict(tol=0.1), dict(distance='cosine')], ids=str)
+@pytest.mark.parametrize('variant', ALL)
+def test_torchscript(variant, kwargs):
+    layer = make_layer(variant, reg=0.3, **kwargs)
+    scripted = torch.jit.script(layer)
+    for x in (make_tokens(), make_tokens(batch=1, seed=1)):
+        expected = output_and_gradients(layer, x)
+        for actual, value in zip(output_and_gradients(scripted, x), expected):
+            assert error(actual, value) < 1e-5
+
+
+@pytest.mark.parametrize('kwargs', [{}, dict(distance='cosine')], ids=str)
+@pytest.mark.parametrize('variant', ALL)
+def test_compile_without_graph_breaks(variant, kwargs):
+    torch._dynamo.reset()
+    layer = make_layer(variant, **kwargs)
+    expected = output_and_gradients(layer, make_tokens())
+    compiled = torch.compile(layer, fullgraph=True, backend='eager')
+    for actual, value in zip(output_and_gradients(compiled, make_tokens()), expected):
+        assert error(actual, value) < 1e-5
+
+
+@pytest.mark.parametrize('variant', ALL)
+def test_meta_device(variant):
+    layer = SOTAttention(32, 2, variant=variant, device='meta')
+    assert all(p.is_meta for p in layer.parameters())
+    out = layer(make_tokens().to('meta'))
+    assert out.is_meta and out.shape == (2, 16, 32)
+    layer = layer.to_empty(device='cpu')
+    layer.load_state_dict(make_layer(variant).state_dict())
+    assert torch.equal(layer.eval()(make_tokens()), make_layer(variant)(make_tokens()))
+
+
+def test_compile_on_the_meta_device():  # which has no autocast to switch off
+    torch._dynamo.reset()
+    compiled = torch.compile(SOTAttention(32, 2, device='meta'), fullgraph=True, backend='eager')
+    assert compiled(make_tokens().to('meta')).shape == (2, 16, 32)
+
+
+def test_compile_under_autocast():
+    torch._dynamo.reset()
+    layer = make_layer(distance='cosine')  # whose matrix product autocast would round
+    compiled = torch.compile(layer, fullgraph=True, backend='eager')
+    with torch.autocast('cpu', dtype=torch.bfloat16):
+        expected, out = layer(make_tokens()), compiled(make_tokens())
+    assert out.dtype == torch.bfloat16
+    assert error(out, expected) < 1e-6
