@@ -249,6 +249,14 @@ def test_invariances_of_the_cost(distance):
     assert (error(lengthened, self_optimal_transport(x, distance=distance)) < 1e-5) == (distance == 'cosine')
 
 
+@pytest.mark.parametrize('distance', DISTANCES)
+def test_close_points(distance):
+    # their distances, and 1 - cos of their directions, cancel where they are made from products
+    x = make_points(1, 5) + 1e-3 * make_points(9, 5)
+    expected = reference.self_optimal_transport(x, distance=distance)
+    assert error(self_optimal_transport(x, distance=distance), expected) < 2e-3  # float32 has x itself to 1e-4 of 1e-3
+
+
 @pytest.mark.parametrize('sigmoid, max_scale', list(itertools.product([True, False], repeat=2)))
 def test_diagonal_is_one_and_has_no_gradient(sigmoid, max_scale):
     x = make_points(2, 6, 4).requires_grad_()

@@ -147,10 +147,13 @@ def sot_matrix(
 
 def pairwise_cost(x: torch.Tensor, y: torch.Tensor, distance: str, normalize: Optional[str]) -> torch.Tensor:
     """Normalized costs between the rows of x and y, (..., N, D), (..., M, D) -> (..., N, M)."""
+    # not through a matrix product: |x|^2 + |y|^2 - 2xy and 1 - cos cancel, and equal points would not be at distance 0
     if distance == 'cosine':
-        cost = 1. - unit_rows(x) @ unit_rows(y).transpose(-2, -1)
+        x, y = unit_rows(x), unit_rows(y)
+        cost = torch.cdist(x, y, compute_mode='donot_use_mm_for_euclid_dist').square() / 2  # 1 - xy for |x| = |y| = 1
+        x_is_zero, y_is_zero = (x == 0).all(-1).unsqueeze(-1), (y == 0).all(-1).unsqueeze(-2)
+        cost = cost.masked_fill(x_is_zero | y_is_zero, 1.)
     else:
-        # not through a matrix product: |x|^2 + |y|^2 - 2xy cancels, and equal points would not have distance 0
         cost = torch.cdist(x, y, compute_mode='donot_use_mm_for_euclid_dist')
     if normalize is None:
         return cost
