@@ -25,7 +25,7 @@ def test_study(tiny_dir, tmp_path, capsys):
         '--data-dir', tiny_dir, '--device', 'cpu', '--seed', '3', '--out', str(out)])
     printed = capsys.readouterr()
     assert code == 0, printed.err
-    assert 'cct_2_sot_qk' in printed.out and 'tiny: 24 training and 8 test images' in printed.out
+    assert 'cct_2_sot_qk' in printed.out and 'tiny 24+8' in printed.out
     results = [json.loads(line) for line in (out / 'results.jsonl').read_text().splitlines()]
     assert [result['kwargs'] for result in results] == [{'sot_iters': 2, 'sot_tol': None}] * 2
 
@@ -42,11 +42,30 @@ def test_study(tiny_dir, tmp_path, capsys):
     (['study', '--model-kwargs', 'sot_rag=1'], 'sot_rag'),
     (['study', '--data-dir', 'no/such/folder'], 'no/such/folder is not a folder'),
     (['study', '--device', 'nonsense'], "device 'nonsense'"),
+    (['study', '--preset', 'none'], '--preset'),
+    (['study', '--fraction', '2'], '--fraction: must be between 0 and 1'),
 ])
 def test_user_errors(capsys, args, message):
     assert main(args) == 2
     printed = capsys.readouterr()
     assert message in printed.err and printed.err.count('\n') == 1 and not printed.out
+
+
+def test_grid(monkeypatch):
+    asked = {}
+
+    def run_study(study, recipe, *args):
+        asked.update(study=study, recipe=recipe)
+        return []
+
+    monkeypatch.setattr('timm_sot.study.runner.run_study', run_study)
+    assert main(['study', '--preset', 'seed', '--models', 'cct_2_sot_qk', '--grid', 'sot_reg=0.1,0.5', 'sot_iters=3,5',
+                 '--model-kwargs', 'pos_embed=sine', '--seed', '7', '8', '--epochs', '2', '--device', 'cpu']) == 0
+    assert asked['study'].rows == [
+        ('cct_2_sot_qk', {'pos_embed': 'sine', 'sot_reg': reg, 'sot_iters': iters})
+        for reg in (0.1, 0.5) for iters in (3, 5)]
+    assert asked['study'].seeds == [7, 8]
+    assert asked['recipe'].epochs == 2 and asked['recipe'].batch_size == 128 and asked['recipe'].schedule == 'original'
 
 
 def test_help(capsys):
@@ -60,6 +79,6 @@ def test_interrupt(monkeypatch, tiny_dir, capsys):
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr('timm_sot.study.runner.train', interrupted)
+    monkeypatch.setattr('timm_sot.study.runner.train_epoch', interrupted)
     assert main(['study', '--data-dir', tiny_dir, '--device', 'cpu']) == 130
     assert 'Traceback' not in capsys.readouterr().err

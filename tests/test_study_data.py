@@ -1,11 +1,12 @@
 """ Images of a study """
 import builtins
+import tarfile
 
 import pytest
 import torch
 from PIL import Image
 
-from timm_sot.study.data import Images, StudyData, augmented_batches, load_data, normalizer, random_crop
+from timm_sot.study.data import Images, StudyData, fingerprint, load_data, normalizer, subset
 from timm_sot.study.errors import StudyError
 
 
@@ -72,44 +73,39 @@ def test_without_scikit_learn(monkeypatch):
         load_data('', (32, 32))
 
 
-def test_batches_depend_on_seed_and_epoch_alone():
+def test_archive(digits_dir, tmp_path):
+    expected = load_data(str(digits_dir), (8, 8))
+    for name, inner in (('digits.tar.xz', '.'), ('digits.tar', 'folder')):
+        with tarfile.open(tmp_path / name, 'w:xz' if name.endswith('xz') else 'w') as archive:
+            archive.add(digits_dir, inner)
+        data = load_data(str(tmp_path / name), (8, 8))
+        assert data.name == 'digits'
+        assert fingerprint(data._replace(name=expected.name)) == fingerprint(expected)
+    (tmp_path / 'broken.tar').write_bytes(b'nothing')
+    with pytest.raises(StudyError, match='neither a folder nor a readable tar archive'):
+        load_data(str(tmp_path / 'broken.tar'), (8, 8))
+
+
+def test_subset():
+    data = make_data(20)
+    assert subset(data) is data
+    half = subset(data, fraction=0.5)
+    assert len(half.train.labels) == 10 and half.test is data.test
+    assert torch.equal(half.train.images, data.train.images[half.train.labels])
+    quarter = subset(data, fraction=0.25)
+    assert set(quarter.train.labels.tolist()) < set(half.train.labels.tolist())
+
+    held = subset(data, holdout=0.2)
+    assert len(held.train.labels) == 16 and len(held.test.labels) == 4
+    assert sorted(held.train.labels.tolist() + held.test.labels.tolist()) == list(range(20))
+    assert 'validation' in held.name
+
+
+def test_fingerprint():
     data = make_data()
-    first, again = (list(augmented_batches(data, 4, seed=1, epoch=2)) for _ in range(2))
-    torch.rand(5)
-    assert [len(labels) for _, labels in first] == [4, 4, 2]
-    for (images, labels), (images_again, labels_again) in zip(first, again):
-        assert torch.equal(images, images_again) and torch.equal(labels, labels_again)
-    order = torch.cat([labels for _, labels in first])
-    assert order.sort().values.tolist() == list(range(10))
-    for seed, epoch in [(1, 3), (2, 2)]:
-        other = torch.cat([labels for _, labels in augmented_batches(data, 4, seed, epoch)])
-        assert not torch.equal(order, other)
-
-
-def test_random_crop_shifts_each_image():
-    images = make_data(64).train.images
-    cropped = random_crop(images, torch.Generator().manual_seed(0), padding=1)
-    padded = torch.nn.functional.pad(images, (1, 1, 1, 1))
-    shifts = [
-        [(top, left) for top in range(3) for left in range(3)
-         if torch.equal(crop, whole[:, top:top + 8, left:left + 8])]
-        for crop, whole in zip(cropped, padded)]
-    assert all(len(shift) == 1 for shift in shifts)
-    assert len({shift[0] for shift in shifts}) == 9
-
-
-def test_flip_only_where_the_data_allows_it():
-    def mirrored(data):
-        """Number of images of an epoch whose brighter half has changed sides."""
-        return sum(
-            int(image[..., :16].float().mean() > image[..., 16:].float().mean())
-            for images, _ in augmented_batches(data, 16, seed=0, epoch=0) for image in images)
-
-    images = torch.cat([torch.zeros(64, 3, 8, 16), torch.full((64, 3, 8, 16), 255)], -1).to(torch.uint8)
-    data = make_data(64)
-    data = data._replace(train=Images(images, data.train.labels))
-    assert 16 < mirrored(data) < 48
-    assert mirrored(data._replace(flip=False)) == 0
+    assert fingerprint(data) == fingerprint(make_data()) and fingerprint(data).startswith('noise 10+10 ')
+    data.test.images[0, 0, 0, 0] += 1
+    assert fingerprint(data) != fingerprint(make_data())
 
 
 def test_normalizer():

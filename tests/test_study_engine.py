@@ -1,10 +1,14 @@
 """ Training of one model of a study """
+import copy
+import math
+
+import pytest
 import timm
 import torch
 
 import timm_sot  # noqa: F401
-from timm_sot.study.data import Images, StudyData, normalizer
-from timm_sot.study.engine import Recipe, evaluate, train
+from timm_sot.study.data import Images, StudyData
+from timm_sot.study.engine import PRECISIONS, Recipe, Trainer, batch_sizes, train_epoch
 
 DEVICE = torch.device('cpu')
 
@@ -18,32 +22,115 @@ def make_data(num_train=32, num_test=16):
     return StudyData('brightness', images(num_train), images(num_test), 2, True)
 
 
-def make_model(seed=0):
-    torch.manual_seed(seed)
-    return timm.create_model('cct_2', num_classes=2)
+def make_trainer(recipe=Recipe(epochs=2, batch_size=12), name='cct_2', data=make_data(), device=DEVICE, **kwargs):
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=2)
+    initial = copy.deepcopy(model.state_dict())
+    trainer = Trainer(model, recipe, data.train.to(device), data.test.to(device), device, **kwargs)
+    trainer.reset(initial)
+    return trainer, initial
+
+
+def train(trainer, epochs=(0, 1), seed=0):
+    return [train_epoch([trainer], seed, epoch)[0][:2] for epoch in epochs]
 
 
 def test_learns():
     steps = []
-    recipe = Recipe(epochs=2, batch_size=12)
-    epochs = list(train(make_model(), make_data(), recipe, 0, DEVICE, on_step=lambda: steps.append(0)))
-    assert len(epochs) == 2 and len(steps) == 2 * recipe.steps(make_data()) == 6
-    assert epochs[-1][0] == 100. and epochs[-1][1] < epochs[0][1]
+    trainer, _ = make_trainer(Recipe(epochs=3, batch_size=12))
+    results = [train_epoch([trainer], 0, epoch, on_step=steps.append)[0] for epoch in range(3)]
+    assert steps == [0] * 9 and trainer.step.item() == 9
+    assert results[-1][0] == 100. and results[-1][1] < results[0][1] and results[-1][2] > 0
 
 
-def test_repeatable():
-    first, again, other = (
-        list(train(make_model(), make_data(), Recipe(epochs=1), seed, DEVICE)) for seed in (0, 0, 1))
-    assert first == again != other
-
-
-def test_evaluate():
-    data = make_data(num_test=10)
-    model = make_model().train()
-    normalize = normalizer((0.5,) * 3, (0.25,) * 3, DEVICE)
-    top1, loss = evaluate(model, data.test, normalize, batch_size=4)
+def test_matches_a_plain_loop():
+    recipe = Recipe(epochs=2, batch_size=12, augment=())
+    trainer, initial = make_trainer(recipe)
+    model = timm.create_model('cct_2', num_classes=2, attn_drop_rate=0., drop_path_rate=0.)
+    model.load_state_dict(initial)
+    for module in trainer.model.modules():
+        for rate in ('p', 'drop_prob'):
+            if hasattr(module, rate):
+                setattr(module, rate, 0.)
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=recipe.weight_decay)
+    rates = recipe.learning_rates(3)
+    mean, std = (torch.tensor(model.pretrained_cfg[key])[:, None, None] for key in ('mean', 'std'))
+    train_images, test_images = ((images.images / 255 - mean) / std for images in make_data()[1:3])
+    for step in range(3):
+        part = slice(12 * step, 12 * step + 12)
+        optimizer.param_groups[0]['lr'] = rates[step]
+        optimizer.zero_grad()
+        loss = torch.nn.functional.cross_entropy(
+            model.train()(train_images[part]), make_data().train.labels[part], label_smoothing=recipe.smoothing)
+        loss.backward()
+        optimizer.step()
+    (top1, loss), = train(trainer, epochs=[0])
+    for (name, parameter), expected in zip(trainer.model.named_parameters(), model.parameters()):
+        if name != 'attn_pool.score.bias':  # has no gradient but rounding, which AdamW makes a step of
+            torch.testing.assert_close(parameter, expected, atol=2e-5, rtol=1e-3)
     with torch.no_grad():
-        logits = model(normalize(data.test.images))
-    assert not model.training
-    assert abs(top1 - 100 * (logits.argmax(1) == data.test.labels).float().mean().item()) < 1e-4
-    assert abs(loss - torch.nn.functional.cross_entropy(logits, data.test.labels).item()) < 1e-5
+        logits = model.eval()(test_images)
+    labels = make_data().test.labels
+    assert loss == pytest.approx(torch.nn.functional.cross_entropy(logits, labels).item(), abs=1e-4)
+    assert top1 == pytest.approx(100 * (logits.argmax(1) == labels).double().mean().item())
+
+
+def test_reset_and_load_state():
+    trainer, initial = make_trainer()
+    addresses = [tensor.data_ptr() for tensor in trainer.model.state_dict().values()]
+    whole = train(trainer)
+    trainer.reset(initial)
+    assert train(trainer, epochs=[0]) == whole[:1]
+    state = copy.deepcopy(trainer.state())
+    trainer.reset(initial)
+    assert train(trainer, seed=1) != whole  # another order of dropout
+    trainer.load_state(state)
+    assert train(trainer, epochs=[1]) == whole[1:]
+    assert [tensor.data_ptr() for tensor in trainer.model.state_dict().values()] == addresses
+
+
+def test_models_do_not_disturb_each_other():
+    alone = train(make_trainer()[0])
+    trainers = [make_trainer()[0], make_trainer(name='cct_2_sot_q')[0]]
+    together = [train_epoch(trainers, 0, epoch) for epoch in range(2)]
+    assert [epoch[0][:2] for epoch in together] == alone
+
+
+@pytest.mark.parametrize('precision', PRECISIONS)
+def test_precisions(precision):
+    trainer, _ = make_trainer(Recipe(epochs=1, batch_size=16, precision=precision))
+    assert math.isfinite(train(trainer, epochs=[0])[0][1])
+    assert all(parameter.dtype == torch.float32 for parameter in trainer.model.parameters())
+
+
+def test_original_schedule():
+    rates = Recipe(epochs=30, lr=5e-4, schedule='original').learning_rates(2)
+    assert len(rates) == 60 and rates[::2] == rates[1::2]
+    assert rates[:10:2] == [5e-4 / (5 - epoch) for epoch in range(5)]
+    assert rates[10] == 5e-4 and rates[34] == pytest.approx(0.5 * 5e-4 * (1 + math.cos(math.pi * 12 / 25)))
+    assert Recipe(epochs=3, schedule='original', lr=1.).learning_rates(1) == [1 / 5, 1 / 4, 1 / 3]
+
+
+def test_cosine_schedule():
+    rates = Recipe(epochs=4, lr=1e-3).learning_rates(100)
+    assert len(rates) == 400 and max(rates) == pytest.approx(1e-3, rel=0.02) and rates[0] == pytest.approx(1e-5)
+    assert rates.index(max(rates)) == 25 and rates[-1] < 1e-7
+
+
+def test_batch_sizes():
+    assert batch_sizes(10, 4) == [4, 4, 2] and batch_sizes(8, 4) == [4, 4] and batch_sizes(3, 4) == [3]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
+@pytest.mark.parametrize('name', ['cct_2', 'cct_2_sot_qk'])
+def test_cuda_graphs(name):
+    device = torch.device('cuda')
+    graphed, initial = make_trainer(name=name, device=device)
+    assert graphed.captured
+    eager, _ = make_trainer(name=name, device=device, graphs=False)
+    for module in [*graphed.model.modules(), *eager.model.modules()]:
+        assert not isinstance(module, torch.nn.BatchNorm2d)
+    first = train(graphed)
+    graphed.reset(initial)
+    assert train(graphed) == pytest.approx(first, rel=1e-3)
+    assert train(eager)[0][1] == pytest.approx(first[0][1], rel=0.05)  # other dropout

@@ -1,58 +1,82 @@
-""" The models of a study """
+""" The runs of a study """
 import builtins
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
+import timm
 import torch
+from PIL import Image
 
-import timm_sot  # noqa: F401
-from test_study_engine import make_data
+import timm_sot
 from timm_sot.study import runner
 from timm_sot.study.engine import Recipe
 from timm_sot.study.errors import StudyError
+from timm_sot.study.presets import Study
+from timm_sot.study.store import KEYS
 
 DEVICE = torch.device('cpu')
-# as issue trackers and plots read them
-KEYS = 'model kwargs seed epochs best final top1 loss seconds device versions commit data'.split()
+RECIPE = Recipe(epochs=2, batch_size=10, augment=('crop', 'flip'))
+ROWS = [('cct_2', {}), ('cct_2_sot_q', dict(sot_iters=2))]
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+    """An image folder of 24 dark and bright training images and 8 test images."""
+    root = tmp_path_factory.mktemp('data') / 'tiny'
+    for split, count in (('train', 12), ('test', 4)):
+        for label in range(2):
+            (root / split / str(label)).mkdir(parents=True)
+            for i in range(count):
+                Image.new('RGB', (32, 32), (200 * label + i,) * 3).save(root / split / str(label) / f'{i}.png')
+    return str(root)
+
+
+def run(folder, out='', rows=ROWS, seeds=(5,), recipe=RECIPE, **kwargs):
+    return runner.run_study(Study(rows, seeds, folder), recipe, DEVICE, str(out), workers=0, **kwargs)
+
+
+def numbers(results):
+    return [(result['model'], result['seed'], result['top1'], result['loss']) for result in results]
 
 
 def test_models_share_their_initial_values():
-    vit = dict(img_size=32)
-    cct, other, sot = runner.build_models(['vit_tiny_patch16_224', 'deit_tiny_patch16_224', 'vit_small_patch16_224'],
-                                          vit, 10, seed=3)
-    state, same, small = cct.state_dict(), other.state_dict(), sot.state_dict()
-    assert all(torch.equal(value, same[name]) for name, value in state.items())
-    assert torch.equal(state['head.bias'], small['head.bias'])
-    assert state['pos_embed'].shape != small['pos_embed'].shape
+    first, row = ('vit_tiny_patch16_224', dict(img_size=32)), ('vit_small_patch16_224', dict(img_size=32))
+    state = runner.build_model(first, 10, seed=3).state_dict()
+    shared = runner.initial_state(row, first, 10, seed=3)
+    own = runner.build_model(row, 10, seed=3).state_dict()
+    assert torch.equal(shared['head.bias'], state['head.bias'])
+    assert shared['pos_embed'].shape == own['pos_embed'].shape and torch.equal(shared['pos_embed'], own['pos_embed'])
 
-    first, second = runner.build_models(['cct_2', 'cct_2_sot_qk'], dict(sot_reg=0.5), 7, seed=3)
-    assert second.blocks[0].attn.reg == 0.5 and second.head.out_features == 7
-    for (name, value), (other_name, other_value) in zip(first.named_parameters(), second.named_parameters()):
-        assert name == other_name and torch.equal(value, other_value)
-    again = runner.build_models(['cct_2'], {}, 7, seed=3)[0]
-    assert torch.equal(again.head.weight, first.head.weight)
-    assert not torch.equal(runner.build_models(['cct_2'], {}, 7, seed=4)[0].head.weight, first.head.weight)
+    state = runner.build_model(('cct_2', {}), 7, seed=3).state_dict()
+    shared = runner.initial_state(('cct_2_sot_qk', dict(sot_reg=0.5)), ('cct_2', {}), 7, seed=3)
+    assert state.keys() == shared.keys() and all(torch.equal(state[name], shared[name]) for name in state)
+    assert not torch.equal(runner.build_model(('cct_2', {}), 7, seed=4).head.weight, state['head.weight'])
 
 
-@pytest.mark.parametrize('names, kwargs, message', [
-    (['cct_2', 'cct2_sot_qk'], {}, 'did you mean cct_2_sot_qk'),
-    (['cct_2', '!'], {}, 'list_models'),
-    (['cct_2', 'cct_14'], {}, 'cct_2 32x32, cct_14 224x224'),
+@pytest.mark.parametrize('rows, message', [
+    (['cct_2', 'cct2_sot_qk'], 'did you mean cct_2_sot_qk'),
+    (['cct_2', '!'], 'list_models'),
+    (['cct_2', 'cct_14'], 'cct_2 32x32, cct_14 224x224'),
 ])
-def test_input_size_errors(names, kwargs, message):
+def test_input_size_errors(rows, message):
     with pytest.raises(StudyError, match=message):
-        runner.input_size(names, kwargs)
+        runner.input_size([(name, {}) for name in rows])
 
 
 def test_input_size():
-    assert runner.input_size(['cct_2', 'cct_7'], {}) == (32, 32)
-    assert runner.input_size(['cct_2', 'cct_14'], dict(img_size=64)) == (64, 64)
+    assert runner.input_size([('cct_2', {}), ('cct_7', {})]) == (32, 32)
+    assert runner.input_size([('cct_2', dict(img_size=64)), ('cct_14', dict(img_size=64))]) == (64, 64)
 
 
 @pytest.mark.parametrize('kwargs', [dict(no_such=1), dict(sot_reg=-1.)])
-def test_model_errors(kwargs):
+def test_model_errors_come_first(folder, kwargs):
     with pytest.raises(StudyError, match='cannot create cct_2 with .*(no_such|reg=-1)'):
-        runner.build_models(['cct_2'], kwargs, 10, seed=0)
+        run(folder, rows=[('cct_2_sot_q', {}), ('cct_2', kwargs)])
 
 
 @pytest.mark.parametrize('name', ['nonsense', 'cuda:99'])
@@ -61,40 +85,109 @@ def test_device_errors(name):
         runner.resolve_device(name)
 
 
-def test_run_study(tmp_path, capsys):
-    data = make_data()
-    names = ['cct_2', 'cct_2_sot_q']
-    results = runner.run_study(names, data, Recipe(epochs=2), 5, DEVICE, dict(sot_iters=2))
-    assert [result['model'] for result in results] == names
+def test_results(folder, capsys):
+    results = run(folder)
+    assert [(result['model'], result['kwargs']) for result in results] == ROWS
     for result in results:
-        assert list(result) == KEYS
-        assert result['seed'] == 5 and result['epochs'] == 2 and result['kwargs'] == dict(sot_iters=2)
-        assert len(result['top1']) == len(result['loss']) == 2
+        assert tuple(result) == KEYS and json.loads(json.dumps(result)) == result
+        assert result['seed'] == 5 and result['epochs'] == len(result['top1']) == len(result['loss']) == 2
         assert result['final'] == result['top1'][-1] and result['best'] == max(result['top1'])
-        assert result['versions']['torch'] == torch.__version__ and result['data'].startswith('brightness ')
+        assert result['versions']['torch'] == torch.__version__ and result['data'].startswith('tiny 24+8 sha256:')
+        assert result['device'].endswith('float32') and result['seconds'] > 0
     assert results[0]['loss'] != results[1]['loss']
-    bars = capsys.readouterr().err
-    assert all(name in bars for name in names) and '4/4' in bars
+    assert 'cct_2_sot_q sot_iters=2 seed 5: top-1' in capsys.readouterr().err
 
-    table = runner.format_table(results, data)
-    assert 'top-1' in table and f'{results[1]["final"]:.2f}' in table
-    for part in ('n = 1', '2 epochs', 'seed 5', 'brightness', '32 training and 16 test', 'cpu'):
+
+def test_grouping_changes_nothing(folder, tmp_path):
+    whole = run(folder, seeds=(1, 0))
+    assert [(result['seed'], result['model']) for result in whole] == [
+        (1, 'cct_2'), (1, 'cct_2_sot_q'), (0, 'cct_2'), (0, 'cct_2_sot_q')]
+    assert numbers(run(folder, seeds=(1, 0), parallel=1)) == numbers(whole)
+    assert numbers(run(folder, tmp_path, rows=ROWS[:1], seeds=(0,))) == numbers(whole[2:3])
+    assert numbers(run(folder, tmp_path, rows=ROWS[1:], seeds=(0,))) == numbers(whole[3:])
+
+
+def test_continues(folder, tmp_path, capsys):
+    whole = run(folder)
+    assert run(folder, tmp_path, time_limit=0.) == []  # stops after an epoch
+    assert 'time limit' in capsys.readouterr().err
+    assert len(list((tmp_path / 'checkpoints').glob('*.pt'))) == 2
+    done = run(folder, tmp_path)
+    assert numbers(done) == numbers(whole)
+    assert sorted(path.suffix for path in (tmp_path / 'checkpoints').iterdir()) == ['.safetensors'] * 2
+
+    model = timm.create_model('cct_2', num_classes=2)
+    from safetensors.torch import load_file
+    model.load_state_dict(load_file(tmp_path / 'checkpoints' / 'cct_2-seed-5-epochs-2.safetensors'))
+
+    def never(*args, **kwargs):
+        raise AssertionError('a finished run was run again')
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runner, 'train_epoch', never)
+        assert run(folder, tmp_path) == done
+
+
+def test_continues_where_runs_are_apart(folder, tmp_path):
+    """Killed between the checkpoints of two runs of a group."""
+    whole = run(folder, recipe=Recipe(epochs=3, batch_size=10))
+    run(folder, tmp_path, recipe=Recipe(epochs=3, batch_size=10), time_limit=0.)
+    (tmp_path / 'checkpoints' / 'cct_2-seed-5-epochs-3.pt').unlink()
+    assert numbers(run(folder, tmp_path, recipe=Recipe(epochs=3, batch_size=10))) == numbers(whole)
+
+
+def test_corrupt_line_is_redone(folder, tmp_path):
+    whole = run(folder, tmp_path)
+    path = tmp_path / 'results.jsonl'
+    lines = path.read_text().splitlines()
+    path.write_text(lines[0][:-20] + '\n' + lines[1] + '\n')
+    with pytest.warns(UserWarning, match='1 unreadable lines'):
+        assert numbers(run(folder, tmp_path)) == numbers(whole)
+
+
+def test_other_recipe_in_the_same_folder(folder, tmp_path):
+    run(folder, tmp_path, rows=ROWS[:1])
+    with pytest.raises(StudyError, match='other settings'):
+        run(folder, tmp_path, recipe=Recipe(epochs=2, batch_size=12))
+
+
+def test_killed(folder, tmp_path):
+    """SIGKILL while training; the same command then ends with the numbers of an undisturbed study."""
+    command = [
+        sys.executable, '-m', 'timm_sot.cli', 'study', '--models', 'cct_2', '--epochs', '4', '--batch-size', '10',
+        '--data-dir', folder, '--device', 'cpu', '--workers', '1', '--out', str(tmp_path)]
+    root = os.path.dirname(os.path.dirname(timm_sot.__file__))
+    environment = {**os.environ, 'PYTHONPATH': root}
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
+    checkpoint = tmp_path / 'checkpoints' / 'cct_2-seed-0-epochs-4.pt'
+    for _ in range(3000):
+        if checkpoint.exists() or process.poll() is not None:
+            break
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert checkpoint.exists() and not (tmp_path / 'results.jsonl').exists()
+    recipe = Recipe(epochs=4, batch_size=10, augment=('crop', 'flip'))
+    resumed = run(folder, tmp_path, rows=ROWS[:1], seeds=(0,), recipe=recipe)
+    assert numbers(resumed) == numbers(run(folder, rows=ROWS[:1], seeds=(0,), recipe=recipe))
+
+
+def test_table():
+    def result(model, seed, final):
+        return dict(zip(KEYS, [
+            model, {'sot_reg': 0.5}, seed, 2, final + 1, final, [final + 1, final], [1., 0.5], 12.34, 'cpu, float32',
+            {}, '', 'tiny 24+8 sha256:0']))
+
+    table = runner.format_table([result('a', 0, 70.), result('b', 0, 80.), result('a', 1, 72.)])
+    lines = table.splitlines()
+    assert lines[0].split() == ['model', 'n', 'top-1', 'best', 'loss', 'seconds']
+    assert lines[1].split() == 'a sot_reg=0.5 2 71.00 ±1.41 72.00 ±1.41 0.5000 ±0.0000 12.3'.split()
+    assert lines[2].split() == ['b', 'sot_reg=0.5', '1', '80.00', '81.00', '0.5000', '12.3']
+    for part in ('2 epochs', 'seed 0, 1', 'tiny 24+8', 'cpu, float32'):
         assert part in table
 
-    for _ in range(2):
-        runner.append_results(str(tmp_path / 'new'), results)
-    lines = (tmp_path / 'new' / 'results.jsonl').read_text().splitlines()
-    assert [json.loads(line) for line in lines] == results * 2
 
-
-def test_fingerprint():
-    data = make_data()
-    assert runner.fingerprint(data) == runner.fingerprint(make_data())
-    data.test.images[0, 0, 0, 0] += 1
-    assert runner.fingerprint(data) != runner.fingerprint(make_data())
-
-
-def test_without_tqdm(monkeypatch):
+def test_without_tqdm(monkeypatch, folder):
     real_import = builtins.__import__
 
     def no_tqdm(name, *args, **kwargs):
@@ -104,4 +197,4 @@ def test_without_tqdm(monkeypatch):
 
     monkeypatch.setattr(builtins, '__import__', no_tqdm)
     with pytest.raises(StudyError, match=r"needs the package tqdm.*pip install 'timm-sot\[study\]'"):
-        runner.run_study(['cct_2'], make_data(), Recipe(), 0, DEVICE)
+        run(folder)

@@ -32,7 +32,8 @@ def _number(kind, minimum, exclusive=False):
     def parse(text):
         value = kind(text)
         if not (minimum < value if exclusive else minimum <= value) or value == float('inf'):
-            raise argparse.ArgumentTypeError(f'must be {"above" if exclusive else "at least"} {minimum}, got {text}')
+            raise argparse.ArgumentTypeError(
+                f'must be {"above" if exclusive else "at least"} {minimum}, got {text}')
         return value
     parse.__name__ = kind.__name__  # argparse names the type in its messages
     return parse
@@ -41,39 +42,84 @@ def _number(kind, minimum, exclusive=False):
 def _add_study(commands) -> None:
     parser = commands.add_parser(
         'study', help='train models side by side and compare them',
-        description='Train models with the same seed, data order, augmentation and shared initial weights, and print a '
-                    'table. Without --data-dir on the 1,797 handwritten digits of scikit-learn, offline.')
-    parser.add_argument('--models', nargs='+', metavar='NAME', default=['cct_2', 'cct_2_sot_q', 'cct_2_sot_qk'],
-                        help='timm models (default: %(default)s)')
-    parser.add_argument('--model-kwargs', nargs='*', default={}, action=_ModelKwargs, metavar='KEY=VALUE',
-                        help='arguments of every model, e.g. sot_reg=0.5')
-    parser.add_argument('--data-dir', default='', metavar='DIR',
-                        help='image folder with train/<class>/ and val/<class>/ or test/<class>/')
-    parser.add_argument('--epochs', type=_number(int, 1), default=4, help='default: %(default)s')
-    parser.add_argument('--batch-size', type=_number(int, 1), default=16, help='default: %(default)s')
-    parser.add_argument('--lr', type=_number(float, 0, exclusive=True), default=2e-3,
-                        help='peak learning rate (default: %(default)s)')
-    parser.add_argument('--weight-decay', type=_number(float, 0), default=0.03, help='default: %(default)s')
-    parser.add_argument('--seed', type=_number(int, 0), default=0, help='default: %(default)s')
-    parser.add_argument('--device', default='', help='default: cuda if there is one, else cpu')
-    parser.add_argument('--out', default='', metavar='DIR',
-                        help='append the results to DIR/results.jsonl, one JSON line a model')
+        description='Train models on the same batches, augmentations and shared initial values, and print a table. '
+                    'With --out a study that was stopped continues with the same command.')
+    group = parser.add_argument_group('what')
+    group.add_argument('--preset', choices=['quick', 'seed', 'sweep'], default='quick',
+                       help='quick: three models on the digits of scikit-learn; seed: softmax and the five SOT '
+                            'variants, five seeds, 30 epochs of the original recipe; sweep: sot_qk over the '
+                            'regularization. The other options change it (default: %(default)s)')
+    group.add_argument('--models', nargs='+', metavar='NAME', help='timm models, the first of which gives the others '
+                       'their initial values')
+    group.add_argument('--model-kwargs', nargs='*', default={}, action=_ModelKwargs, metavar='KEY=VALUE',
+                       help='arguments of every model, e.g. sot_reg=0.5')
+    group.add_argument('--grid', nargs='*', default={}, action=_ModelKwargs, metavar='KEY=VALUE,VALUE',
+                       help='arguments of which every combination is a row, e.g. sot_reg=0.1,0.5')
+    group.add_argument('--seed', nargs='+', type=_number(int, 0), metavar='N')
+    group.add_argument('--data-dir', default='', metavar='DIR',
+                       help='folder, or tar archive, with train/<class>/ and val/<class>/ or test/<class>/')
+    group.add_argument('--fraction', type=_share, default=1., help='share of the training images to use')
+    group.add_argument('--holdout', type=_share, default=0.,
+                       help='share of the training images to test on, in place of the test images')
+
+    group = parser.add_argument_group('how')
+    group.add_argument('--epochs', type=_number(int, 1))
+    group.add_argument('--batch-size', type=_number(int, 1))
+    group.add_argument('--lr', type=_number(float, 0, exclusive=True), help='peak learning rate')
+    group.add_argument('--weight-decay', type=_number(float, 0))
+    group.add_argument('--smoothing', type=_number(float, 0), help='label smoothing')
+    group.add_argument('--schedule', choices=['cosine', 'original'])
+    group.add_argument('--augment', nargs='*', choices=['autoaugment', 'crop', 'flip'],
+                       help='in this order; default without a preset: crop, and flip for folders')
+    group.add_argument('--precision', choices=['float32', 'conv-tf32', 'bfloat16'], help='on a GPU')
+
+    group = parser.add_argument_group('where')
+    group.add_argument('--device', default='', help='default: cuda if there is one, else cpu')
+    group.add_argument('--out', default='', metavar='DIR', help='folder for results and checkpoints')
+    group.add_argument('--parallel', type=_number(int, 1), default=6,
+                       help='runs of a seed that advance together (default: %(default)s)')
+    group.add_argument('--workers', type=_number(int, 0), help='processes that augment (default: one less than cores)')
+    group.add_argument('--no-graphs', action='store_true', help='train without CUDA graphs')
+    group.add_argument('--time-limit', type=_number(float, 0), default=float('inf'), metavar='SECONDS',
+                       help='stop before it, after a finished epoch')
     parser.set_defaults(run=_study)
 
 
-def _study(args: argparse.Namespace) -> int:
-    from .study.data import load_data
-    from .study.engine import Recipe
-    from .study.runner import append_results, format_table, input_size, resolve_device, run_study
+def _share(text: str) -> float:
+    value = float(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f'must be between 0 and 1, got {text}')
+    return value
 
-    device = resolve_device(args.device)
-    img_size = input_size(args.models, args.model_kwargs)
-    recipe = Recipe(epochs=args.epochs, batch_size=args.batch_size, lr=args.lr, weight_decay=args.weight_decay)
-    data = load_data(args.data_dir, img_size)
-    results = run_study(args.models, data, recipe, args.seed, device, args.model_kwargs)
-    print(format_table(results, data))
-    if args.out:
-        append_results(args.out, results)
+
+_share.__name__ = 'float'
+
+
+def _study(args: argparse.Namespace) -> int:
+    from itertools import product
+
+    from .study.engine import Recipe
+    from .study.presets import PRESETS, Study
+    from .study.runner import format_table, resolve_device, run_study
+
+    rows, seeds, settings = PRESETS[args.preset]
+    if args.models:
+        rows = [(model, {}) for model in args.models]
+    values = [value if isinstance(value, (tuple, list)) else [value] for value in args.grid.values()]
+    rows = [(model, {**kwargs, **args.model_kwargs, **dict(zip(args.grid, combination))})
+            for model, kwargs in rows for combination in product(*values)]
+    settings = {'augment': ('crop', 'flip') if args.data_dir else ('crop',), **settings}
+    for key in ('epochs', 'batch_size', 'lr', 'weight_decay', 'smoothing', 'schedule', 'precision'):
+        if getattr(args, key) is not None:
+            settings[key] = getattr(args, key)
+    if args.augment is not None:
+        settings['augment'] = tuple(args.augment)
+    study = Study(rows, args.seed or seeds, args.data_dir, args.fraction, args.holdout)
+    results = run_study(
+        study, Recipe(**settings), resolve_device(args.device), args.out, args.parallel, args.workers,
+        not args.no_graphs, args.time_limit)
+    if results:
+        print(format_table(results))
     return 0
 
 
@@ -92,3 +138,7 @@ def main(argv: Optional[List[str]] = None) -> int:
     except KeyboardInterrupt:
         print('timm-sot: interrupted', file=sys.stderr)
         return 130
+
+
+if __name__ == '__main__':
+    sys.exit(main())

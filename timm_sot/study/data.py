@@ -1,18 +1,22 @@
 """ Images of a study
 
-All images are decoded once and kept in memory as uint8; the training ones are augmented a batch at a time. It is made
-for sets the size of CIFAR; larger ones are for timm's own train.py.
+All images are decoded once and kept in memory as uint8. It is made for sets the size of CIFAR; larger ones are for
+timm's own train.py.
 """
+import hashlib
 import os
-from typing import Iterator, NamedTuple, Tuple
+import tarfile
+import tempfile
+from typing import NamedTuple, Tuple
 
 import torch
 import torch.nn.functional as F
 from timm.data import create_dataset, create_transform
+from torch.utils.data import DataLoader
 
 from .errors import StudyError, missing_extra
 
-__all__ = ['Images', 'StudyData', 'augmented_batches', 'load_data', 'normalizer']
+__all__ = ['Images', 'StudyData', 'fingerprint', 'load_data', 'normalizer', 'subset']
 
 TRAIN_SPLITS = ('train', 'training')
 TEST_SPLITS = ('val', 'valid', 'validation', 'eval', 'evaluation', 'test')
@@ -23,6 +27,12 @@ class Images(NamedTuple):
     images: torch.Tensor  # uint8, (n, 3, H, W)
     labels: torch.Tensor  # int64, (n,)
 
+    def to(self, device: torch.device) -> 'Images':
+        return Images(*(tensor.to(device) for tensor in self))
+
+    def select(self, index: torch.Tensor) -> 'Images':
+        return Images(*(tensor[index] for tensor in self))
+
 
 class StudyData(NamedTuple):
     """What a study trains on and what it is measured on."""
@@ -30,12 +40,22 @@ class StudyData(NamedTuple):
     train: Images
     test: Images
     num_classes: int
-    flip: bool  # whether a mirrored training image is still one of its class
+    flip: bool  # whether a mirrored image is still one of its class
 
 
-def load_data(data_dir: str, img_size: Tuple[int, int]) -> StudyData:
-    """Load an image folder, or the digits of scikit-learn where `data_dir` is empty, resized to `img_size`."""
-    return load_folder(data_dir, img_size) if data_dir else load_digits(img_size)
+def load_data(source: str, img_size: Tuple[int, int], workers: int = 0) -> StudyData:
+    """Load images and resize them to `img_size`.
+
+    Args:
+        source: An image folder, a tar archive of one (of any compression), or '' for the digits of scikit-learn.
+        img_size: Height and width.
+        workers: Number of processes that decode.
+    """
+    if not source:
+        return load_digits(img_size)
+    if os.path.isfile(source):
+        return load_archive(source, img_size, workers)
+    return load_folder(source, img_size, workers)
 
 
 def load_digits(img_size: Tuple[int, int]) -> StudyData:
@@ -48,15 +68,27 @@ def load_digits(img_size: Tuple[int, int]) -> StudyData:
     images, labels = datasets.load_digits(return_X_y=True)  # (1797, 64), 0 to 16
     images = torch.from_numpy(images).float().reshape(-1, 1, 8, 8) * (255 / 16)
     images = F.interpolate(images, img_size, mode='bicubic').round().clamp(0, 255)
-    images = images.to(torch.uint8).repeat(1, 3, 1, 1)
-    labels = torch.from_numpy(labels).long()
-    train, test = (
-        torch.from_numpy(index) for index in
-        train_test_split(torch.arange(len(labels)).numpy(), test_size=0.2, stratify=labels.numpy(), random_state=0))
-    return StudyData('digits', Images(images[train], labels[train]), Images(images[test], labels[test]), 10, False)
+    digits = Images(images.to(torch.uint8).repeat(1, 3, 1, 1), torch.from_numpy(labels).long())
+    train, test = train_test_split(torch.arange(len(labels)).numpy(), test_size=0.2, stratify=labels, random_state=0)
+    return StudyData(
+        'digits', digits.select(torch.from_numpy(train)), digits.select(torch.from_numpy(test)), 10, flip=False)
 
 
-def load_folder(root: str, img_size: Tuple[int, int]) -> StudyData:
+def load_archive(path: str, img_size: Tuple[int, int], workers: int = 0) -> StudyData:
+    """An image folder in a tar archive, see `load_folder`."""
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            with tarfile.open(path) as archive:
+                archive.extractall(folder, **({'filter': 'data'} if hasattr(tarfile, 'data_filter') else {}))
+        except (tarfile.TarError, EOFError) as e:
+            raise StudyError(f'{path} is neither a folder nor a readable tar archive: {e}') from e
+        entries = os.listdir(folder)
+        inner = os.path.join(folder, entries[0]) if len(entries) == 1 else folder
+        data = load_folder(inner if os.path.isdir(inner) else folder, img_size, workers)
+    return data._replace(name=os.path.basename(path).split('.')[0])
+
+
+def load_folder(root: str, img_size: Tuple[int, int], workers: int = 0) -> StudyData:
     """An image folder as timm reads them: `train/<class>/*` and `val/<class>/*` or `test/<class>/*`."""
     if not os.path.isdir(root):
         raise StudyError(f'{root} is not a folder; --data-dir takes one that holds train/<class>/ and val/<class>/.')
@@ -76,56 +108,45 @@ def load_folder(root: str, img_size: Tuple[int, int]) -> StudyData:
         differ = sorted(set(classes) ^ set(test.reader.class_to_idx))
         raise StudyError(f'{folders[0]} and {folders[1]} hold different classes: {", ".join(differ[:5])}.')
     name = os.path.basename(os.path.abspath(root))
-    return StudyData(name, decode(train, img_size), decode(test, img_size), len(classes), True)
+    return StudyData(
+        name, decode(train, img_size, workers), decode(test, img_size, workers), len(classes), flip=True)
 
 
-def decode(dataset, img_size: Tuple[int, int]) -> Images:
+def decode(dataset, img_size: Tuple[int, int], workers: int = 0) -> Images:
     """Decode the images of a timm dataset, scaled and cropped to `img_size`."""
     dataset.transform = create_transform((3, *img_size), normalize=False, crop_pct=1.)  # uint8 tensors
-    images = torch.empty(len(dataset), 3, *img_size, dtype=torch.uint8)
-    labels = torch.empty(len(dataset), dtype=torch.int64)
-    for i in range(len(dataset)):
-        images[i], labels[i] = dataset[i]
-    return Images(images, labels)
+    batches = list(DataLoader(dataset, batch_size=256, num_workers=workers if len(dataset) > 2000 else 0))
+    return Images(*(torch.cat(parts) for parts in zip(*batches)))
 
 
-def augmented_batches(
-        data: StudyData,
-        batch_size: int,
-        seed: int,
-        epoch: int,
-) -> Iterator[Tuple[torch.Tensor, torch.Tensor]]:
-    """The training batches (images, labels) of one epoch, shuffled and augmented, the last one smaller if it must be.
+def subset(data: StudyData, fraction: float = 1., holdout: float = 0.) -> StudyData:
+    """A fixed random part of the training images.
 
-    They depend on the arguments alone: two models given the same ones see the same pixels in the same order.
+    Args:
+        data: The whole.
+        fraction: Share of the training images to keep.
+        holdout: Share of the training images that takes the place of the test images, for choosing among models; the
+            rest is trained on. The test images then play no part.
     """
-    generator = torch.Generator().manual_seed(epoch_seed(seed, epoch))
-    images, labels = data.train
-    for index in torch.randperm(len(labels), generator=generator).split(batch_size):
-        batch = random_crop(images[index], generator)
-        if data.flip:
-            mirrored = torch.rand(len(index), generator=generator) < 0.5
-            batch = torch.where(mirrored[:, None, None, None], batch.flip(-1), batch)
-        yield batch, labels[index]
+    train = data.train
+    order = torch.randperm(len(train.labels), generator=torch.Generator().manual_seed(0))
+    if holdout:
+        held, order = order.tensor_split([max(1, round(holdout * len(order)))])
+        data = data._replace(test=train.select(held), name=f'{data.name} (validation)')
+    kept = order[:max(1, round(fraction * len(order)))]
+    return data._replace(train=train.select(kept.sort().values)) if holdout or fraction < 1 else data
 
 
-def epoch_seed(seed: int, epoch: int) -> int:
-    """One seed for each epoch, so that a run can be taken up at any of them."""
-    return seed * 100_003 + epoch
-
-
-def random_crop(images: torch.Tensor, generator: torch.Generator, padding: int = 4) -> torch.Tensor:
-    """Shift each image by up to `padding` pixels, black moving in, (B, C, H, W) -> (B, C, H, W)."""
-    B, C, H, W = images.shape
-    padded = F.pad(images, (padding,) * 4)
-    top, left = torch.randint(0, 2 * padding + 1, (2, B, 1), generator=generator)
-    rows = (top + torch.arange(H))[:, None, :, None]
-    cols = (left + torch.arange(W))[:, None, None, :]
-    return padded[torch.arange(B)[:, None, None, None], torch.arange(C)[:, None, None], rows, cols]
+def fingerprint(data: StudyData) -> str:
+    """Name, number of images and a short hash of all pixels and labels."""
+    digest = hashlib.sha256()
+    for tensor in (*data.train, *data.test):
+        digest.update(tensor.contiguous().numpy().data)
+    return f'{data.name} {len(data.train.labels)}+{len(data.test.labels)} sha256:{digest.hexdigest()[:16]}'
 
 
 def normalizer(mean: Tuple[float, ...], std: Tuple[float, ...], device: torch.device):
-    """The function from uint8 images, anywhere, to normalized float ones on `device`."""
-    mean = torch.tensor(mean, device=device)[:, None, None] * 255
-    std = torch.tensor(std, device=device)[:, None, None] * 255
-    return lambda images: (images.to(device, non_blocking=True).float() - mean) / std
+    """The function from uint8 images on `device` to normalized float ones."""
+    scale = 1 / (255 * torch.tensor(std, device=device)[:, None, None])
+    shift = -torch.tensor(mean, device=device)[:, None, None] / torch.tensor(std, device=device)[:, None, None]
+    return lambda images: images.float() * scale + shift

@@ -1,11 +1,13 @@
-""" The models of a study, trained one after another on the same draw """
+""" The runs of a study, those of one seed side by side """
+import contextlib
 import difflib
-import hashlib
-import json
 import os
 import platform
+import statistics
 import subprocess
+import sys
 import time
+from dataclasses import asdict
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import timm
@@ -14,11 +16,15 @@ from timm.layers import to_2tuple
 from torch import nn
 
 from .. import __version__
-from .data import StudyData
-from .engine import Recipe, train
+from .augment import Epochs
+from .coupled import capturable
+from .data import Images, StudyData, fingerprint, load_data, subset
+from .engine import Recipe, Trainer, set_precision, train_epoch
 from .errors import StudyError, missing_extra
+from .presets import Row, Study
+from .store import Run, Store
 
-__all__ = ['append_results', 'build_models', 'format_table', 'input_size', 'resolve_device', 'run_study']
+__all__ = ['build_model', 'format_table', 'input_size', 'resolve_device', 'run_study']
 
 
 def resolve_device(name: str = '') -> torch.device:
@@ -31,123 +37,281 @@ def resolve_device(name: str = '') -> torch.device:
     return device
 
 
-def input_size(names: Sequence[str], model_kwargs: Dict[str, Any]) -> Tuple[int, int]:
-    """Height and width of the images that the named models take, of which there must be one for all.
+def input_size(rows: Sequence[Row]) -> Tuple[int, int]:
+    """Height and width of the images that the models take, of which there must be one for all.
 
     Raises:
         StudyError: If a model is unknown or the models disagree.
     """
-    for name in names:
+    sizes = {}
+    for name, kwargs in rows:
         if not timm.is_model(name):
             close = difflib.get_close_matches(name, timm.list_models(), n=5)
             hint = f'did you mean {", ".join(close)}?' if close else 'timm.list_models() has the names.'
             raise StudyError(f'unknown model {name!r}; {hint}')
-    if 'img_size' in model_kwargs:
-        return to_2tuple(model_kwargs['img_size'])
-    sizes = {name: timm.get_pretrained_cfg(name).input_size[-2:] for name in names}
+        sizes[name] = to_2tuple(kwargs['img_size']) if 'img_size' in kwargs \
+            else timm.get_pretrained_cfg(name).input_size[-2:]
     if len(set(sizes.values())) > 1:
         listed = ', '.join(f'{name} {height}x{width}' for name, (height, width) in sizes.items())
         raise StudyError(
             f'the models of a study see the same images, these differ in size: {listed}; '
             f'choose models of one size, or one for all with --model-kwargs img_size=32.')
-    return sizes[names[0]]
+    return next(iter(sizes.values()))
 
 
-def build_models(
-        names: Sequence[str],
-        model_kwargs: Dict[str, Any],
-        num_classes: int,
-        seed: int,
-) -> List[nn.Module]:
-    """Create the models with the same initial values in all parameters that they share with the first one by name."""
-    models = []
-    for name in names:
-        torch.manual_seed(seed)
-        try:
-            model = timm.create_model(name, num_classes=num_classes, **model_kwargs)
-        except (TypeError, ValueError) as e:
-            raise StudyError(f'cannot create {name} with {model_kwargs or "its defaults"}: {e}') from e
-        if models:
-            own = model.state_dict()
-            shared = {k: v for k, v in models[0].state_dict().items() if k in own and v.shape == own[k].shape}
-            model.load_state_dict(shared, strict=False)
-        models.append(model)
-    return models
+def build_model(row: Row, num_classes: int, seed: int) -> nn.Module:
+    """Create a model with the initial values of a seed."""
+    name, kwargs = row
+    torch.manual_seed(seed)
+    try:
+        return timm.create_model(name, num_classes=num_classes, **kwargs)
+    except (TypeError, ValueError) as e:
+        raise StudyError(f'cannot create {name} with {kwargs or "its defaults"}: {e}') from e
+
+
+def initial_state(row: Row, first: Row, num_classes: int, seed: int) -> Dict[str, torch.Tensor]:
+    """Initial values of a model, those of `first` in all parameters that they share by name and shape."""
+    state = build_model(row, num_classes, seed).state_dict()
+    if row != first:
+        for name, value in build_model(first, num_classes, seed).state_dict().items():
+            if name in state and state[name].shape == value.shape:
+                state[name] = value
+    return state
 
 
 def run_study(
-        names: Sequence[str],
-        data: StudyData,
+        study: Study,
         recipe: Recipe,
-        seed: int,
         device: torch.device,
-        model_kwargs: Optional[Dict[str, Any]] = None,
+        out: str = '',
+        parallel: int = 6,
+        workers: Optional[int] = None,
+        graphs: bool = True,
+        time_limit: float = float('inf'),
 ) -> List[Dict[str, Any]]:
-    """Train the named models with the same seed, data order, augmentation and shared initial weights.
+    """Train every row of a study with every seed.
+
+    For one seed every model sees the same batches and augmentations and starts from the same values in the parameters
+    that it shares with the first row.
+
+    Args:
+        study: What to train on what.
+        recipe: How to train.
+        device: Where to train.
+        out: Folder to keep results and checkpoints in and to continue from, '' for none.
+        parallel: Runs of one seed that advance together, on a GPU at once.
+        workers: Processes that augment, None for one less than there are cores.
+        graphs: Use CUDA graphs on a GPU.
+        time_limit: Seconds after which to stop, at the end of an epoch that is expected to be the last in time.
 
     Returns:
-        For each model what there is to know of its run, ready for JSON; `top1` (percent) and `loss` are those on the
-        test images after each epoch, `best` and `final` the highest and the last top-1.
+        The results of all finished runs of the study, in the order of its rows and seeds, ready for JSON: `top1`
+        (percent) and `loss` are those on the test images after each epoch, `best` and `final` the highest and the last
+        top-1, `seconds` the time of training and testing, shared equally by runs that trained at once.
     """
     try:
-        from tqdm import tqdm
+        import tqdm  # noqa: F401
     except ImportError as e:
         raise missing_extra(e) from e
 
-    model_kwargs = model_kwargs or {}
-    about = {'versions': versions(), 'commit': commit(), 'data': f'{data.name} {fingerprint(data)}'}
-    results = []
-    width = max(map(len, names))
-    for name, model in zip(names, build_models(names, model_kwargs, data.num_classes, seed)):
-        model.to(device)
-        top1s, losses = [], []
-        start = time.perf_counter()
-        with tqdm(total=recipe.epochs * recipe.steps(data), desc=f'{name:{width}}', unit='step') as bar:
-            for top1, loss in train(model, data, recipe, seed, device, on_step=bar.update):
-                top1s.append(round(top1, 4))
-                losses.append(round(loss, 6))
-                bar.set_postfix({'top-1': f'{top1:.2f}'})
-        results.append({
-            'model': name, 'kwargs': model_kwargs, 'seed': seed, 'epochs': recipe.epochs,
-            'best': max(top1s), 'final': top1s[-1], 'top1': top1s, 'loss': losses,
-            'seconds': round(time.perf_counter() - start, 2), 'device': device_name(device), **about})
-    return results
+    deadline = time.monotonic() + time_limit
+    workers = max(1, (os.cpu_count() or 1) - 1) if workers is None else workers
+    data = subset(load_data(study.data_dir, input_size(study.rows), workers), study.fraction, study.holdout)
+    for row in study.rows:  # all of its errors before the first run
+        build_model(row, data.num_classes, 0)
+    store = Store(out)
+    name = fingerprint(data)
+    settings = {**asdict(recipe), 'first': study.rows[0]}
+    del settings['epochs']
+    model, kwargs = store.settle(settings)['first']
+    first = model, kwargs
+
+    runs = [Run(model, kwargs, seed, recipe.epochs) for seed in study.seeds for model, kwargs in study.rows]
+    about = {'device': device_name(device, recipe), 'versions': versions(), 'commit': commit(), 'data': name}
+    with contextlib.ExitStack() as stack:
+        claimed = [run for run in runs if stack.enter_context(store.claim(run))]  # others are another process's
+        done = by_name(store.finished(name))
+        pending = [run for run in claimed if run.name not in done]
+        elsewhere = sum(run not in claimed and run.name not in done for run in runs)
+        if elsewhere:
+            print(f'{elsewhere} runs are left to another process, which works on them', file=sys.stderr)
+        if pending:
+            if device.type == 'cuda':
+                stack.enter_context(capturable())
+            set_precision(recipe.precision)
+            session = Session(first, data, recipe, device, store, about, graphs, deadline)
+            stack.enter_context(contextlib.closing(session))
+            session.run(pending, parallel, workers)
+    done = by_name(store.finished(name))
+    return [done[run.name] for run in runs if run.name in done]
 
 
-def format_table(results: Sequence[Dict[str, Any]], data: StudyData) -> str:
-    """The results as a table, with what they were got on under it."""
-    width = max(len('model'), *(len(result['model']) for result in results))
-    lines = [f'{"model":{width}}  {"top-1":>6}  {"loss":>6}  {"seconds":>7}']
+def by_name(results: Sequence[Dict[str, Any]]) -> Dict[str, Dict[str, Any]]:
+    """Results by the names of their runs."""
+    return {Run(*(result[key] for key in Run._fields)).name: result for result in results}
+
+
+class Session:
+    """What the pending runs of a study have in common."""
+
+    def __init__(
+            self,
+            first: Row,
+            data: StudyData,
+            recipe: Recipe,
+            device: torch.device,
+            store: Store,
+            about: Dict[str, Any],
+            graphs: bool,
+            deadline: float,
+    ):
+        self.first, self.data, self.recipe, self.device = first, data, recipe, device
+        self.store, self.about, self.graphs, self.deadline = store, about, graphs, deadline
+        self.epoch = Images(*(torch.zeros_like(tensor, device=device) for tensor in data.train))
+        self.test = data.test.to(device)
+        self.trainers: Dict[str, Trainer] = {}
+        self.epochs: Optional[Epochs] = None
+        self.bar = None
+        self.bars: List[Any] = []
+
+    def close(self) -> None:
+        """Stop the workers and close the progress bars."""
+        if self.epochs is not None:
+            self.epochs.close()
+        for bar in [*self.bars, *([self.bar] if self.bar is not None else [])]:
+            bar.close()
+        self.bars = []
+
+    def run(self, runs: Sequence[Run], parallel: int, workers: int) -> None:
+        """Run all `runs`, at most `parallel` of a seed side by side, or until the deadline."""
+        from tqdm import tqdm
+
+        runs = sorted(runs, key=lambda run: run.seed)  # stable: rows stay in order
+        groups = []
+        for run in runs:
+            if not groups or groups[-1][0].seed != run.seed or len(groups[-1]) == parallel:
+                groups.append([])
+            groups[-1].append(run)
+        checkpoints = {run.name: self.store.load(run, self.about['data']) for run in runs}
+        starts = {name: checkpoint['epoch'] if checkpoint else 0 for name, checkpoint in checkpoints.items()}
+        plan = [
+            (group[0].seed, epoch) for group in groups
+            for epoch in range(min(starts[run.name] for run in group), self.recipe.epochs)]
+        self.epochs = Epochs(self.data.train, self.recipe.augment, plan, workers)
+
+        last = {run.row: i for i, group in enumerate(groups) for run in group}  # group of its last run
+        self.bar = tqdm(
+            total=len(runs) * self.recipe.epochs, initial=sum(starts.values()), desc='study', unit='epoch',
+            mininterval=0.5 if sys.stderr.isatty() else 10.)
+        for i, group in enumerate(groups):
+            if not self._run_group(group, [checkpoints.pop(run.name) for run in group]):
+                return
+            self.trainers = {row: trainer for row, trainer in self.trainers.items() if last[row] > i}
+
+    def _run_group(
+            self,
+            group: Sequence[Run],
+            checkpoints: Sequence[Optional[Dict[str, Any]]],
+    ) -> bool:
+        """Run the runs of a group from where they are to the end; False if the deadline came before it."""
+        from tqdm import tqdm
+
+        width = max(len(run.row) for run in group)
+        records, trainers = [], []
+        for i, (run, checkpoint) in enumerate(zip(group, checkpoints)):
+            trainer = self._trainer(run)
+            trainer.reset(initial_state((run.model, run.kwargs), self.first, self.data.num_classes, run.seed))
+            if checkpoint is not None:
+                trainer.load_state(checkpoint['state'])
+            trainers.append(trainer)
+            records.append({key: checkpoint[key] for key in ('epoch', 'top1', 'loss', 'seconds')} if checkpoint
+                           else {'epoch': 0, 'top1': [], 'loss': [], 'seconds': 0.})
+            steps = len(trainer.train_sizes)
+            self.bars.append(tqdm(
+                total=run.epochs * steps, initial=records[-1]['epoch'] * steps, unit='step',
+                desc=f'{run.row:{width}} seed {run.seed}', position=i + 1, leave=False, disable=None))
+
+        begin = time.monotonic()
+        for epoch in range(min(record['epoch'] for record in records), self.recipe.epochs):
+            active = [i for i, record in enumerate(records) if record['epoch'] == epoch]
+            for mine, made in zip(self.epoch, self.epochs.get(group[0].seed, epoch)):
+                mine.copy_(made)
+            results = train_epoch(
+                [trainers[i] for i in active], group[0].seed, epoch, on_step=lambda k: self.bars[active[k]].update())
+            for i, (top1, loss, seconds) in zip(active, results):
+                record = records[i]
+                record['epoch'] += 1
+                record['top1'].append(round(top1, 4))
+                record['loss'].append(round(loss, 6))
+                record['seconds'] = round(record['seconds'] + seconds, 3)
+                self.bars[i].set_postfix({'top-1': f'{top1:.2f}'})
+                self._keep(group[i], record, trainers[i])
+            self.bar.update(len(active))
+            begin, duration = time.monotonic(), time.monotonic() - begin
+            if begin + 1.2 * duration > self.deadline:
+                print('time limit: stopped after a finished epoch, the same command continues', file=sys.stderr)
+                return False
+        for bar in self.bars:
+            bar.close()
+        self.bars = []
+        return True
+
+    def _trainer(self, run: Run) -> Trainer:
+        """The trainer of the run's model, built when it is first needed."""
+        if run.row not in self.trainers:
+            model = build_model((run.model, run.kwargs), self.data.num_classes, run.seed)
+            self.trainers[run.row] = Trainer(model, self.recipe, self.epoch, self.test, self.device, self.graphs)
+        return self.trainers[run.row]
+
+    def _keep(self, run: Run, record: Dict[str, Any], trainer: Trainer) -> None:
+        """Store a run after an epoch."""
+        if record['epoch'] < run.epochs:
+            self.store.save(run, {'data': self.about['data'], **record, 'state': trainer.state()})
+            return
+        top1s = record['top1']
+        self.store.finish(run, {
+            'model': run.model, 'kwargs': run.kwargs, 'seed': run.seed, 'epochs': run.epochs,
+            'best': max(top1s), 'final': top1s[-1], 'top1': top1s, 'loss': record['loss'],
+            'seconds': record['seconds'], **self.about}, trainer.model.state_dict())
+        self.bar.write(
+            f'{run.row} seed {run.seed}: top-1 {top1s[-1]:.2f}, best {max(top1s):.2f}, {record["seconds"]:.1f} s',
+            file=sys.stderr)
+
+
+def format_table(results: Sequence[Dict[str, Any]]) -> str:
+    """The results as a table, a line for each row, with what they were got on under it."""
+    rows: Dict[str, List[Dict[str, Any]]] = {}
     for result in results:
-        lines.append(
-            f'{result["model"]:{width}}  {result["final"]:6.2f}  {result["loss"][-1]:6.4f}  {result["seconds"]:7.1f}')
-    first = results[0]
+        rows.setdefault(Run(*(result[key] for key in Run._fields)).row, []).append(result)
+
+    def cell(values: List[float], digits: int) -> str:
+        text = f'{statistics.fmean(values):.{digits}f}'
+        return f'{text} ±{statistics.stdev(values):.{digits}f}' if len(values) > 1 else text
+
+    table = [('model', 'n', 'top-1', 'best', 'loss', 'seconds')]
+    for row, runs in rows.items():
+        table.append((
+            row, str(len(runs)), cell([run['final'] for run in runs], 2), cell([run['best'] for run in runs], 2),
+            cell([run['loss'][-1] for run in runs], 4), f'{statistics.fmean(run["seconds"] for run in runs):.1f}'))
+    widths = [max(map(len, column)) for column in zip(*table)]
+    lines = ['  '.join([line[0].ljust(widths[0]), *(text.rjust(width) for text, width in zip(line[1:], widths[1:]))])
+             for line in table]
+    one = results[0]
+    seeds = sorted({result['seed'] for result in results})
     lines.append(
-        f'n = 1 run a model, {first["epochs"]} epochs, seed {first["seed"]}; {data.name}: {len(data.train.labels)} '
-        f'training and {len(data.test.labels)} test images; {first["device"]}')
+        f'n runs a row, top-1 of the last and of the best epoch ± standard deviation, {one["epochs"]} epochs, '
+        f'seed {", ".join(map(str, seeds))}')
+    lines.append(f'data {one["data"]}; device {", ".join(sorted({result["device"] for result in results}))}')
     return '\n'.join(lines)
 
 
-def append_results(folder: str, results: Sequence[Dict[str, Any]]) -> None:
-    """Append the results to `results.jsonl` in `folder`, one line each."""
-    os.makedirs(folder, exist_ok=True)
-    with open(os.path.join(folder, 'results.jsonl'), 'a') as f:
-        f.writelines(json.dumps(result) + '\n' for result in results)
-
-
-def device_name(device: torch.device) -> str:
-    """The device as a reader would call it."""
+def device_name(device: torch.device, recipe: Recipe) -> str:
+    """The device as a reader would call it, and what it computed in."""
     if device.type == 'cuda':
-        return torch.cuda.get_device_name(device)
-    return f'{device.type}, {torch.get_num_threads()} threads' if device.type == 'cpu' else str(device)
-
-
-def fingerprint(data: StudyData) -> str:
-    """A short hash of all pixels and labels."""
-    digest = hashlib.sha256()
-    for tensor in (*data.train, *data.test):
-        digest.update(tensor.numpy().tobytes())
-    return digest.hexdigest()[:16]
+        name = torch.cuda.get_device_name(device)
+    else:
+        name = f'cpu ({torch.get_num_threads()} threads)' if device.type == 'cpu' else str(device)
+    return f'{name}, {recipe.precision}'
 
 
 def versions() -> Dict[str, str]:
@@ -159,13 +323,12 @@ def versions() -> Dict[str, str]:
 
 def commit() -> str:
     """Commit of the source tree this runs from, with a + where it has changes; empty for an installed package."""
-    folder = os.path.dirname(os.path.abspath(__file__))
-    git = ['git', '-C', folder]
+    git = ['git', '-C', os.path.dirname(os.path.abspath(__file__))]
     try:
+        subprocess.run([*git, 'ls-files', '--error-unmatch', '../__init__.py'], capture_output=True, check=True)
         described = subprocess.run(
             [*git, 'describe', '--always', '--dirty=+', '--abbrev=12', '--exclude=*'],
             capture_output=True, text=True, check=True)
-        tracked = subprocess.run([*git, 'ls-files', '--error-unmatch', '../__init__.py'], capture_output=True)
     except (OSError, subprocess.CalledProcessError):
         return ''
-    return described.stdout.strip() if tracked.returncode == 0 else ''
+    return described.stdout.strip()

@@ -1,0 +1,127 @@
+""" What a study has done, in a folder """
+import json
+import multiprocessing
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from timm_sot.study.errors import StudyError
+from timm_sot.study.store import KEYS, Run, Store
+
+RUN = Run('cct_2', {'sot_reg': 0.5}, 3, 2)
+
+
+def make_result(run=RUN, data='images'):
+    values = {key: 1 for key in KEYS}
+    return {**values, **run._asdict(), 'top1': [1.] * run.epochs, 'data': data}
+
+
+def test_run_names():
+    assert RUN.row == 'cct_2 sot_reg=0.5' and RUN.name == 'cct_2-sot_reg-0.5-seed-3-epochs-2'
+    assert Run('a/b', {}, 0, 1).name == 'a-b-seed-0-epochs-1'
+
+
+def test_results(tmp_path):
+    store = Store(str(tmp_path / 'new'))
+    assert store.finished('images') == []
+    other = make_result(RUN._replace(seed=4))
+    for result in (make_result(), other, make_result(data='others')):
+        store.append(result)
+    assert Store(str(tmp_path / 'new')).finished('images') == [make_result(), other]
+    assert len((tmp_path / 'new' / 'results.jsonl').read_text().splitlines()) == 3
+
+
+def test_corrupt_lines_are_kept_aside(tmp_path):
+    store = Store(str(tmp_path))
+    store.append(make_result())
+    path = tmp_path / 'results.jsonl'
+    incomplete = {**make_result(), 'top1': [1.]}
+    bad = [b'{"model": "cct', b'\xff\xfe', b'[]', b'7', json.dumps(incomplete).encode()]
+    path.write_bytes(path.read_bytes() + b'\n'.join(bad))  # the last without its end
+    store.append(make_result(RUN._replace(seed=4)))
+    with pytest.warns(UserWarning, match='5 unreadable lines'):
+        assert [result['seed'] for result in store.finished('images')] == [3, 4]
+    assert (tmp_path / 'results.corrupt').read_bytes().splitlines() == bad
+    assert len(path.read_text().splitlines()) == 2
+    assert [result['seed'] for result in store.finished('images')] == [3, 4]  # no warning
+
+
+def append_many(folder, seed):
+    store = Store(folder)
+    for i in range(50):
+        store.append(make_result(RUN._replace(seed=seed * 1000 + i)))
+
+
+def test_two_processes_append(tmp_path):
+    context = multiprocessing.get_context('fork')
+    processes = [context.Process(target=append_many, args=(str(tmp_path), seed)) for seed in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert len({result['seed'] for result in Store(str(tmp_path)).finished('images')}) == 100
+
+
+def test_checkpoints(tmp_path):
+    store = Store(str(tmp_path))
+    assert store.load(RUN, 'images') is None
+    store.save(RUN, {'data': 'images', 'epoch': 1, 'state': {'weight': torch.ones(2)}})
+    assert store.load(RUN, 'images')['state']['weight'].tolist() == [1, 1]
+    assert store.load(RUN, 'others') is None
+    path = tmp_path / 'checkpoints' / (RUN.name + '.pt')
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.warns(UserWarning, match='begins anew'):
+        assert store.load(RUN, 'images') is None
+
+    store.finish(RUN, make_result(), {'weight': torch.ones(4, 2).t()})
+    assert not path.exists()
+    assert load_file(tmp_path / 'checkpoints' / (RUN.name + '.safetensors'))['weight'].shape == (2, 4)
+    assert store.finished('images') == [make_result()]
+
+
+def try_claims(folder, answers):
+    store = Store(folder)
+    for run in (RUN, RUN._replace(seed=4)):
+        with store.claim(run) as mine:
+            answers.put(mine)
+
+
+def test_claims(tmp_path):
+    context = multiprocessing.get_context('fork')
+
+    def theirs():
+        answers = context.SimpleQueue()
+        process = context.Process(target=try_claims, args=(str(tmp_path), answers))
+        process.start()
+        process.join()
+        return [answers.get(), answers.get()]
+
+    with Store(str(tmp_path)).claim(RUN) as mine:
+        assert mine and theirs() == [False, True]
+    assert theirs() == [True, True]
+
+
+def test_settings(tmp_path):
+    store = Store(str(tmp_path))
+    settings = {'lr': 0.1, 'augment': ('crop',), 'first': ('cct_2', {})}
+    assert store.settle(settings)['first'] == ['cct_2', {}]
+    assert store.settle({**settings, 'first': ('cct_4', {})})['first'] == ['cct_2', {}]
+    with pytest.raises(StudyError, match=r'other settings \(lr 0.1 there, 0.2 here\)'):
+        store.settle({**settings, 'lr': 0.2})
+
+
+def test_in_memory():
+    store = Store('')
+    with store.claim(RUN) as mine:
+        assert mine and store.settle({'lr': 1}) == {'lr': 1}
+        store.save(RUN, {})
+        assert store.load(RUN, 'images') is None
+        store.finish(RUN, make_result(), {})
+    assert store.finished('images') == [make_result()]
+
+
+def test_unusable_folder(tmp_path):
+    (tmp_path / 'file').touch()
+    with pytest.raises(StudyError, match='cannot keep results'):
+        Store(str(tmp_path / 'file'))

@@ -1,0 +1,32 @@
+""" Studies worth running, as arguments of `Study` """
+from dataclasses import dataclass
+from typing import Any, Dict, Optional, Sequence, Tuple
+
+__all__ = ['PRESETS', 'Study']
+
+Row = Tuple[str, Dict[str, Any]]  # model and its arguments
+
+
+@dataclass
+class Study:
+    """What is trained: every row with every seed, and on what."""
+    rows: Sequence[Row]
+    seeds: Sequence[int] = (0,)
+    data_dir: str = ''  # the digits of scikit-learn
+    fraction: float = 1.
+    holdout: float = 0.
+
+
+SOT_ROWS = ('cct_2_sot_q', 'cct_2_sot_q_nosoftmax', 'cct_2_sot_qk', 'cct_2_sot_qk_nosoftmax', 'cct_2_sot_qkt')
+
+# the recipe of the original runs
+ORIGINAL = dict(
+    epochs=30, batch_size=128, lr=5e-4, weight_decay=3e-2, smoothing=0.1, schedule='original',
+    augment=('autoaugment', 'crop', 'flip'))
+
+# rows, seeds and recipe
+PRESETS: Dict[str, Tuple[Sequence[Row], Sequence[int], Dict[str, Any]]] = {
+    'quick': ([('cct_2', {}), ('cct_2_sot_q', {}), ('cct_2_sot_qk', {})], (0,), {}),
+    'seed': ([('cct_2', {}), *((model, dict(sot_reg=0.1, sot_tol=0.1)) for model in SOT_ROWS)], range(5), ORIGINAL),
+    'sweep': ([('cct_2_sot_qk', dict(sot_reg=i / 40, sot_tol=0.1)) for i in range(1, 41)], (0,), ORIGINAL),
+}

@@ -1,0 +1,197 @@
+""" What a study has done, in a folder
+
+    study.json           what all runs of the folder share
+    results.jsonl        a line for each finished run
+    results.corrupt      lines of it that could not be read
+    checkpoints/NAME.pt            a run in progress, after its last finished epoch
+    checkpoints/NAME.safetensors   the weights of a finished run
+
+Several processes may work on one folder: a line is appended under a lock, a run in progress is locked by its process
+(with lockf: unlike flock its locks are not inherited by workers, which outlive a killed process for seconds), and a
+file appears under its name when it is complete.
+"""
+import contextlib
+import json
+import os
+import re
+import warnings
+from typing import Any, Dict, Iterator, List, NamedTuple, Optional
+
+import torch
+from safetensors.torch import save_file
+
+from .errors import StudyError
+
+try:
+    import fcntl
+except ImportError:  # not there on Windows: one process to a folder
+    fcntl = None
+
+__all__ = ['KEYS', 'Run', 'Store']
+
+KEYS = ('model', 'kwargs', 'seed', 'epochs', 'best', 'final', 'top1', 'loss', 'seconds', 'device', 'versions', 'commit',
+        'data')
+
+
+class Run(NamedTuple):
+    """One training of one model."""
+    model: str
+    kwargs: Dict[str, Any]
+    seed: int
+    epochs: int
+
+    @property
+    def row(self) -> str:
+        """The model with its arguments."""
+        return ' '.join([self.model, *(f'{key}={value}' for key, value in sorted(self.kwargs.items()))])
+
+    @property
+    def name(self) -> str:
+        """Fit for a file."""
+        return re.sub(r'[^\w.]+', '-', f'{self.row} seed {self.seed} epochs {self.epochs}')
+
+
+class Store:
+    """The folder of a study; with an empty name, one that keeps results in memory and nothing else."""
+
+    def __init__(self, folder: str):
+        self.folder = folder
+        self.lines: List[Dict[str, Any]] = []
+        if folder:
+            try:
+                os.makedirs(self._path('checkpoints'), exist_ok=True)
+            except OSError as e:
+                raise StudyError(f'cannot keep results in {folder}: {e.strerror}') from e
+
+    def _path(self, *names: str) -> str:
+        return os.path.join(self.folder, *names)
+
+    def settle(self, settings: Dict[str, Any]) -> Dict[str, Any]:
+        """Fix what the runs of this folder share; returns it, `first` from the folder if that is older.
+
+        Raises:
+            StudyError: If the folder holds runs of other settings.
+        """
+        settings = json.loads(json.dumps(settings))
+        if not self.folder:
+            return settings
+        path = self._path('study.json')
+        with self._lock('results.lock'):
+            try:
+                with open(path) as f:
+                    old = json.load(f)
+            except FileNotFoundError:
+                write_file(path, json.dumps(settings, indent=2) + '\n')
+                return settings
+            except ValueError as e:
+                raise StudyError(f'{path} cannot be read ({e}); choose another folder.') from e
+        differ = [key for key in settings if key != 'first' and settings[key] != old.get(key)]
+        if differ:
+            listed = ', '.join(f'{key} {old.get(key)} there, {settings[key]} here' for key in differ)
+            raise StudyError(f'{self.folder} holds a study with other settings ({listed}); choose another folder.')
+        return old
+
+    def finished(self, data: str) -> List[Dict[str, Any]]:
+        """Results of the runs on the images of that fingerprint. Lines that cannot be read are put aside."""
+        if not self.folder:
+            return self.lines
+        path = self._path('results.jsonl')
+        good, bad = [], []
+        with self._lock('results.lock'):
+            try:
+                with open(path, 'rb') as f:
+                    lines = f.read().splitlines()
+            except FileNotFoundError:
+                lines = []
+            for line in filter(bytes.strip, lines):
+                try:
+                    result = json.loads(line)
+                    complete = all(key in result for key in KEYS) and len(result['top1']) == result['epochs']
+                except (ValueError, TypeError):
+                    complete = False
+                (good if complete else bad).append(line)
+            if bad:
+                warnings.warn(f'{len(bad)} unreadable lines of {path} moved to results.corrupt; their runs are redone.')
+                with open(self._path('results.corrupt'), 'ab') as f:
+                    f.writelines(line + b'\n' for line in bad)
+                write_file(path, b''.join(line + b'\n' for line in good))
+        return [result for result in map(json.loads, good) if result['data'] == data]
+
+    def append(self, result: Dict[str, Any]) -> None:
+        """Add the line of a finished run."""
+        if not self.folder:
+            self.lines.append(result)
+            return
+        line = json.dumps(result).encode() + b'\n'
+        with self._lock('results.lock'), open(self._path('results.jsonl'), 'a+b') as f:
+            if f.tell() and not self._ends_line(f):
+                line = b'\n' + line  # after one that was cut off
+            f.write(line)
+            f.flush()
+            os.fsync(f.fileno())
+
+    @staticmethod
+    def _ends_line(f) -> bool:
+        f.seek(-1, os.SEEK_END)
+        return f.read() == b'\n'
+
+    def save(self, run: Run, checkpoint: Dict[str, Any]) -> None:
+        """Keep the state of a run after an epoch."""
+        if self.folder:
+            path = self._path('checkpoints', run.name + '.pt')
+            torch.save(checkpoint, path + '.tmp')
+            os.replace(path + '.tmp', path)
+
+    def load(self, run: Run, data: str) -> Optional[Dict[str, Any]]:
+        """The state of a run on those images after its last finished epoch, None if there is none."""
+        path = self._path('checkpoints', run.name + '.pt')
+        if not self.folder or not os.path.exists(path):
+            return None
+        try:
+            checkpoint = torch.load(path, map_location='cpu', weights_only=True)
+        except Exception as e:
+            warnings.warn(f'{path} cannot be read, its run begins anew: {type(e).__name__}: {e}')
+            return None
+        return checkpoint if checkpoint['data'] == data else None
+
+    def finish(self, run: Run, result: Dict[str, Any], weights: Dict[str, torch.Tensor]) -> None:
+        """Keep weights and result of a finished run."""
+        if self.folder:
+            path = self._path('checkpoints', run.name)
+            save_file({name: tensor.contiguous() for name, tensor in weights.items()}, path + '.tmp')
+            os.replace(path + '.tmp', path + '.safetensors')
+        self.append(result)
+        if self.folder:
+            for name in (path + '.pt', path + '.lock'):  # who waits for the lock looks for the result once it has it
+                with contextlib.suppress(FileNotFoundError):
+                    os.remove(name)
+
+    @contextlib.contextmanager
+    def claim(self, run: Run) -> Iterator[bool]:
+        """Whether the run is ours; if so, no other process gets it before the context ends, or this process."""
+        if not self.folder or fcntl is None:
+            yield True
+            return
+        with open(self._path('checkpoints', run.name + '.lock'), 'w') as f:
+            try:
+                fcntl.lockf(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                yield False
+                return
+            yield True
+
+    @contextlib.contextmanager
+    def _lock(self, name: str) -> Iterator[None]:
+        with open(self._path(name), 'w') as f:
+            if fcntl is not None:
+                fcntl.lockf(f, fcntl.LOCK_EX)
+            yield
+
+
+def write_file(path: str, content) -> None:
+    """Write a file that is there whole or not at all."""
+    with open(path + '.tmp', 'w' if isinstance(content, str) else 'wb') as f:
+        f.write(content)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(path + '.tmp', path)
