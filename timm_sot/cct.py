@@ -5,6 +5,7 @@ Original code and checkpoints: https://github.com/SHI-Labs/Compact-Transformers
 
 The `cct_*_sot_*` models replace the attention matrix by the Self-Optimal-Transport transform, see attention.py.
 """
+import logging
 import math
 import re
 from typing import Dict, List, Optional, Set, Tuple, Union
@@ -41,6 +42,8 @@ except ImportError:  # an older timm, which keeps no record of a model's input s
 from .attention import SOTAttention
 
 __all__ = ['CCT']  # register_model adds each entry point to this
+
+_logger = logging.getLogger(__name__)
 
 CIFAR10_MEAN = (0.4914, 0.4822, 0.4465)
 CIFAR10_STD = (0.2470, 0.2435, 0.2616)
@@ -297,7 +300,7 @@ class CCT(nn.Module):
         if pos_embed == 'learn':
             self.pos_embed = nn.Parameter(torch.empty(1, num_tokens, embed_dim, **dd))
         elif pos_embed == 'sine':
-            self.register_buffer('pos_embed', sine_pos_embed(num_tokens, embed_dim, **dd), persistent=False)
+            self.register_buffer('pos_embed', torch.empty(1, num_tokens, embed_dim, **dd), persistent=False)
         else:
             self.pos_embed = None
         self.pos_drop = nn.Dropout(p=pos_drop_rate)
@@ -341,6 +344,13 @@ class CCT(nn.Module):
         if self.pos_embed is not None and not self.sine:
             trunc_normal_(self.pos_embed, std=.2)
         named_apply(init_weights_cct, self)
+        self.init_non_persistent_buffers()
+
+    def init_non_persistent_buffers(self) -> None:
+        """Initialize the sine position embedding, which checkpoints do not carry."""
+        if self.pos_embed is not None and self.sine:
+            _, N, D = self.pos_embed.shape
+            self.pos_embed.copy_(sine_pos_embed(N, D, self.pos_embed.device, self.pos_embed.dtype))
 
     @torch.jit.ignore
     def no_weight_decay(self) -> Set[str]:
@@ -383,17 +393,17 @@ class CCT(nn.Module):
             num_classes: Number of classes for new classifier.
             global_pool: Global pooling type, None to keep the current one.
         """
+        global_pool = self.global_pool if global_pool is None else global_pool
+        check_global_pool(global_pool)
         reference = next(self.parameters())
         dd = {'device': reference.device, 'dtype': reference.dtype}
         self.num_classes = num_classes
-        if global_pool is not None:
-            check_global_pool(global_pool)
-            if global_pool != 'seq':
-                self.attn_pool = None
-            elif self.attn_pool is None:
-                self.attn_pool = SequencePool(self.num_features, **dd).train(self.training)
-                named_apply(init_weights_cct, self.attn_pool)
-            self.global_pool = global_pool
+        self.global_pool = global_pool
+        if global_pool != 'seq':
+            self.attn_pool = None
+        elif self.attn_pool is None:
+            self.attn_pool = SequencePool(self.num_features, **dd).train(self.training)
+            named_apply(init_weights_cct, self.attn_pool)
         self.head = nn.Linear(self.num_features, num_classes, **dd) if num_classes > 0 else nn.Identity()
         self.head.train(self.training)
 
@@ -564,13 +574,15 @@ def check_global_pool(global_pool: str) -> None:
 
 
 def init_weights_cct(module: nn.Module, name: str = '') -> None:
-    """The initialization of Compact Transformers: Kaiming for convolutions, truncated normal for linear layers."""
+    """Initialize as Compact Transformers does: Kaiming for convolutions, truncated normal for linear layers."""
     if isinstance(module, nn.Conv2d):
         nn.init.kaiming_normal_(module.weight)
     elif isinstance(module, nn.Linear):
         trunc_normal_(module.weight, std=.02)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
+    elif isinstance(module, nn.LayerNorm):
+        module.reset_parameters()
 
 
 _ORIGINAL_NAMES = (
@@ -606,6 +618,8 @@ def checkpoint_filter_fn(state_dict: Dict[str, torch.Tensor], model: CCT) -> Dic
         del out['pos_embed']
     elif pos_embed is not None and model.pos_embed is not None:
         old_size = checkpoint_grid_size(pos_embed.shape[1], model)
+        if old_size != model.grid_size:
+            _logger.info(f'Resized position embedding: {old_size} to {model.grid_size}.')
         out['pos_embed'] = resize_pos_embed(pos_embed, list(old_size), list(model.grid_size), False)
     return out
 
@@ -613,8 +627,8 @@ def checkpoint_filter_fn(state_dict: Dict[str, torch.Tensor], model: CCT) -> Dic
 def checkpoint_grid_size(num_tokens: int, model: CCT) -> Tuple[int, int]:
     """Height and width of the token grid of a checkpoint of which only the number of tokens is known.
 
-    In this order: the grid of the model itself, that of the image size which timm recorded for the checkpoint, a
-    square, a grid of the model's aspect ratio.
+    In this order: the grid of the image size that timm recorded for the checkpoint, that of the model itself, a square,
+    a grid of the model's aspect ratio.
 
     Raises:
         ValueError: If none of them has `num_tokens` tokens.
@@ -626,8 +640,8 @@ def checkpoint_grid_size(num_tokens: int, model: CCT) -> Tuple[int, int]:
     side = math.isqrt(num_tokens)
     scaled = round(math.sqrt(num_tokens * height / width))
     candidates = (
-        (height, width),
         model.tokenizer.grid_size(to_2tuple(recorded)),
+        (height, width),
         (side, side),
         (scaled, num_tokens // max(1, scaled)),
     )
