@@ -306,7 +306,7 @@ def test_model_without_attention():
     model = timm.create_model('resnet10t')
     before = snapshot(model)
     message = (
-        r'model \(ResNet\) has no timm.layers.Attention or timm_sot.SOTAttention module to change; '
+        r'model \(ResNet\) has no timm.layers.Attention or timm_sot.SOTAttention module; '
         r'found no attention module of any class\. Models that have one .* vit_\*, deit_\* and cct_\*')
     for variant in ('sot_qk', 'softmax'):
         with pytest.raises(ValueError, match=message):

@@ -14,14 +14,16 @@ if TYPE_CHECKING:
     from .patch import apply_sot
     from .solver import sinkhorn
     from .transform import self_optimal_transport
+    from .viz.maps import attention_maps
 
 __version__ = '0.1.0'
 
-__all__ = ['SOTAttention', 'apply_sot', 'self_optimal_transport', 'sinkhorn']
+__all__ = ['SOTAttention', 'apply_sot', 'attention_maps', 'self_optimal_transport', 'sinkhorn']
 
 _MODULES = {
     'SOTAttention': 'attention',
     'apply_sot': 'patch',
+    'attention_maps': 'viz.maps',
     'self_optimal_transport': 'transform',
     'sinkhorn': 'solver',
 }

@@ -3,7 +3,7 @@
 timm's multi-head self-attention with the attention matrix replaced by the Self-Optimal-Transport transform of the
 queries, or of the queries and the keys (see transform.py for the papers).
 """
-from typing import Any, Dict, NamedTuple, Optional
+from typing import Any, Dict, NamedTuple, Optional, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -67,9 +67,9 @@ def sot_attention_weights(
         Weights in the dtype of `q`; computed in float32, or float64 for float64, also under autocast.
     """
     if torch.jit.is_scripting():  # TorchScript has no context managers to choose from
-        return _sot_attention_weights(q, k, operands, softmax, distance, reg, iters, tol)
+        return _sot_attention_weights(q, k, operands, softmax, distance, reg, iters, tol)[1]
     with autocast_disabled(q.device):
-        return _sot_attention_weights(q, k, operands, softmax, distance, reg, iters, tol)
+        return _sot_attention_weights(q, k, operands, softmax, distance, reg, iters, tol)[1]
 
 
 def _sot_attention_weights(
@@ -81,7 +81,8 @@ def _sot_attention_weights(
         reg: float,
         iters: int,
         tol: Optional[float],
-) -> torch.Tensor:
+) -> Tuple[torch.Tensor, torch.Tensor]:
+    """S, in the dtype that it was computed in, and the weights made of it: viz/maps.py shows both."""
     N, D = q.shape[-2], q.shape[-1]
     if operands == 'qkt' and N != D:
         raise ValueError(
@@ -95,10 +96,11 @@ def _sot_attention_weights(
         y = k.to(dtype)
     else:
         y = k.to(dtype).transpose(-2, -1)
-    weights = sot_matrix(x, y, distance, 'row', reg, iters, tol, None, True, True, True) * D ** -0.5
+    sot = sot_matrix(x, y, distance, 'row', reg, iters, tol, None, True, True, True)
+    weights = sot * D ** -0.5
     if softmax:
         weights = weights.softmax(dim=-1)
-    return weights.to(q.dtype)
+    return sot, weights.to(q.dtype)
 
 
 class SOTAttention(Attention):

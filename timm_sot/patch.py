@@ -1,5 +1,5 @@
 """ Self-Optimal-Transport attention inside any timm model """
-from typing import Optional, Sequence
+from typing import Dict, Optional, Sequence
 
 from timm.layers import Attention
 from torch import nn
@@ -41,15 +41,7 @@ def apply_sot(
         ValueError: If the model has no such layer, `blocks` names one that it does not have, or another argument is out
             of its range; the model is then unchanged.
     """
-    layers = {name: module for name, module in model.named_modules() if type(module) in (Attention, SOTAttention)}
-    if not layers:
-        others = sorted({
-            f'{type(module).__module__}.{type(module).__qualname__}' for module in model.modules()
-            if 'attention' in type(module).__name__.lower()})
-        raise ValueError(
-            f'model ({type(model).__name__}) has no timm.layers.Attention or timm_sot.SOTAttention module to change; '
-            f'found {", ".join(others) if others else "no attention module of any class"}. '
-            f'Models that have one are those whose blocks use timm.layers.Attention, such as vit_*, deit_* and cct_*.')
+    layers = attention_layers(model)
     indices = range(len(layers)) if blocks is None else blocks
     for index in indices:
         if not -len(layers) <= index < len(layers):
@@ -70,3 +62,21 @@ def apply_sot(
             layer.__class__ = SOTAttention
             layer.set_variant(variant, reg=reg, iters=iters, tol=tol, distance=distance)
     return model
+
+
+def attention_layers(model: nn.Module) -> Dict[str, Attention]:
+    """The attention layers of a model that `apply_sot` can change, by module name.
+
+    Raises:
+        ValueError: If it has none.
+    """
+    layers = {name: module for name, module in model.named_modules() if type(module) in (Attention, SOTAttention)}
+    if not layers:
+        others = sorted({
+            f'{type(module).__module__}.{type(module).__qualname__}' for module in model.modules()
+            if 'attention' in type(module).__name__.lower()})
+        raise ValueError(
+            f'model ({type(model).__name__}) has no timm.layers.Attention or timm_sot.SOTAttention module; '
+            f'found {", ".join(others) if others else "no attention module of any class"}. '
+            f'Models that have one are those whose blocks use timm.layers.Attention, such as vit_*, deit_* and cct_*.')
+    return layers

@@ -1,0 +1,1 @@
+""" What the attention looks like: maps.py takes the matrices from a model, figures.py draws them """

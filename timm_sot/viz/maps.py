@@ -1,0 +1,124 @@
+""" The matrices of a model's attention layers, taken from its own forward pass """
+from contextlib import ExitStack, contextmanager
+from typing import Any, Dict, Iterator
+
+import torch
+from timm.layers import Attention
+from torch import nn
+
+from ..attention import SOTAttention, _sot_attention_weights
+from ..patch import attention_layers
+from ..transform import autocast_disabled
+
+__all__ = ['attention_maps', 'row_entropy']
+
+
+@torch.no_grad()
+def attention_maps(model: nn.Module, images: torch.Tensor) -> Dict[str, Dict[str, torch.Tensor]]:
+    """Run a model and return the matrices of all its attention layers.
+
+    They are those of one forward pass in the mode that the model is in (call `model.eval()` first, or dropout and the
+    like are at work), without gradients. The model is afterwards what it was before, also if its forward raises.
+
+    Args:
+        model: Any model that :func:`timm_sot.apply_sot` accepts, with SOT or softmax attention.
+        images: What the model takes, (B, C, H, W).
+
+    Returns:
+        For each attention layer that ran, by the name of its block ('blocks.0'), a dictionary of matrices (B, H, N, N):
+         - 'scores': Q K^T d^-1/2. Softmax attention is the softmax of it; SOT attention has no use for it, so there it
+            is computed beside the forward.
+         - 'sot': the SOT matrix, with entries in [0, 1] and unit diagonal, in float32 or wider. Absent for softmax.
+         - 'weights': what was multiplied with V, after softmax (where the variant has one) and dropout.
+
+    Raises:
+        ValueError: If the model has no attention layer of a known class.
+    """
+    model = getattr(model, '_orig_mod', model)  # of torch.compile: what is recorded must not become part of a graph
+    maps = {}
+    with ExitStack() as stack:
+        for name, layer in attention_layers(model).items():
+            record = maps[name.removesuffix('.attn')] = {}
+            stack.enter_context(recording(layer, record))
+        stack.enter_context(buffers_kept(model))
+        model(images)
+    return {name: record for name, record in maps.items() if record}
+
+
+@contextmanager
+def recording(layer: Attention, record: Dict[str, torch.Tensor]) -> Iterator[None]:
+    """A context in which the layer puts its matrices into `record`."""
+    inputs = {}
+
+    def keep(name):
+        def hook(module, args, output):
+            inputs[name] = output  # (B, H, N, D)
+        return hook
+
+    def on_weights(module, args, weights):
+        record['scores'] = (inputs.pop('q') * layer.scale) @ inputs.pop('k').transpose(-2, -1)
+        if 'sot' in inputs:
+            record['sot'] = inputs.pop('sot')
+        record['weights'] = weights
+
+    def sot_attention_weights(q, k, attn_mask=None, is_causal=False):
+        """The layer's `attention_weights`, with the SOT matrix kept that it is made of."""
+        if attn_mask is not None or is_causal:
+            return SOTAttention.attention_weights(layer, q, k, attn_mask, is_causal)  # refuses
+        with autocast_disabled(q.device):
+            inputs['sot'], weights = _sot_attention_weights(
+                q, k, layer.operands, layer.softmax, layer.distance, layer.reg, layer.iters, layer.tol)
+        return weights
+
+    # fused attention never has its weights in memory; what is not fused passes them through attn_drop
+    attributes = {'fused_attn': False}
+    if getattr(layer, 'operands', ''):
+        attributes['attention_weights'] = sot_attention_weights
+    handles = []
+    with attributes_set(layer, attributes):
+        try:
+            handles.append(layer.q_norm.register_forward_hook(keep('q')))
+            handles.append(layer.k_norm.register_forward_hook(keep('k')))
+            handles.append(layer.attn_drop.register_forward_hook(on_weights))
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+@contextmanager
+def attributes_set(module: nn.Module, attributes: Dict[str, Any]) -> Iterator[None]:
+    """A context in which the instance has these attributes."""
+    before = {name: vars(module)[name] for name in attributes if name in vars(module)}
+    try:
+        for name, value in attributes.items():
+            setattr(module, name, value)
+        yield
+    finally:
+        for name in attributes:
+            if name in before:
+                setattr(module, name, before[name])
+            elif name in vars(module):
+                delattr(module, name)
+
+
+@contextmanager
+def buffers_kept(model: nn.Module) -> Iterator[None]:
+    """A context after which buffers are as before: a forward in training mode updates those of batch normalization."""
+    buffers = [buffer for module in model.modules() if module.training for buffer in module.buffers(recurse=False)]
+    before = [buffer.clone() for buffer in buffers]
+    try:
+        yield
+    finally:
+        for buffer, value in zip(buffers, before):
+            buffer.copy_(value)
+
+
+def row_entropy(weights: torch.Tensor) -> torch.Tensor:
+    """Entropy of each row relative to that of uniform weights, (..., N) -> (...): 0 for one key, 1 for all N alike.
+
+    Rows that do not sum to 1, those of the variants without softmax, are divided by their sum first.
+    """
+    weights = weights.float()
+    weights = weights / weights.sum(dim=-1, keepdim=True)
+    return torch.special.entr(weights).sum(dim=-1) / torch.tensor(float(weights.shape[-1])).log()
