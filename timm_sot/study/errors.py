@@ -1,9 +1,10 @@
 """ Errors that a user can mend """
+from ..errors import UserError
 
 __all__ = ['StudyError', 'missing_extra']
 
 
-class StudyError(Exception):
+class StudyError(UserError):
     """A study that cannot run as asked; the message says why, in one line, and what would work."""
 
 

@@ -1,0 +1,164 @@
+""" Models and images for the figures, from what a user can name """
+import difflib
+import os
+from typing import Any, Dict, List, Optional, Sequence, Tuple
+
+import timm
+import torch
+from PIL import Image
+from timm.data import create_transform, get_img_extensions, resolve_model_data_config
+from timm.layers import to_2tuple
+from torch import nn
+
+from ..errors import UserError
+
+__all__ = ['digits', 'find_images', 'load_image', 'load_models', 'model_input', 'shown_pixels', 'token_grid']
+
+
+def load_models(
+        names: Sequence[str],
+        checkpoints: Sequence[str] = (),
+        untrained: bool = False,
+        model_kwargs: Optional[Dict[str, Any]] = None,
+        seed: int = 0,
+) -> Dict[str, nn.Module]:
+    """Create models for figures.
+
+    Args:
+        names: timm models, or folders (`local-dir:DIR`) or Hub repositories (`hf-hub:OWNER/NAME`) that hold one.
+        checkpoints: Files of their weights, one for each or none, converted as timm converts pretrained ones.
+        untrained: Without checkpoints, take random weights also where there are pretrained ones.
+        model_kwargs: Arguments of all models.
+        seed: Of random weights.
+
+    Returns:
+        The models in evaluation mode, by what a figure calls them: their names, with what is not evident from those.
+
+    Raises:
+        UserError: If there is no such model or file, or they do not fit.
+    """
+    if checkpoints and len(checkpoints) != len(names):
+        raise UserError(f'a checkpoint is needed for each model, got {len(checkpoints)} for {len(names)} models.')
+    models = {}
+    for name, checkpoint in zip(names, checkpoints or [''] * len(names)):
+        torch.manual_seed(seed)
+        model, trained = load_model(name, checkpoint, untrained, model_kwargs or {})
+        notes = [f'{key}={value}' for key, value in (model_kwargs or {}).items()]
+        if names.count(name) > 1 and checkpoint:
+            notes.append(checkpoint)
+        if not trained:
+            notes.append('untrained')
+        label = f'{name} ({", ".join(notes)})' if notes else name
+        if label in models:
+            raise UserError(f'{label} is named twice.')
+        models[label] = model
+    return models
+
+
+def load_model(name: str, checkpoint: str, untrained: bool, model_kwargs: Dict[str, Any]) -> Tuple[nn.Module, bool]:
+    """A model in evaluation mode, and whether it has been trained."""
+    source, _, place = name.partition(':')
+    if source == 'local-dir' and not os.path.isfile(os.path.join(place, 'config.json')):
+        raise UserError(f'{place} is not a folder with a config.json; local-dir: takes what timm saves for the Hub.')
+    if not place and not timm.is_model(name):
+        close = difflib.get_close_matches(name, timm.list_models(), n=5)
+        hint = f'did you mean {", ".join(close)}?' if close else 'timm.list_models() has the names.'
+        raise UserError(f'unknown model {name!r}; {hint}')
+    if checkpoint and not os.path.isfile(checkpoint):
+        raise UserError(f'there is no checkpoint {checkpoint}.')
+
+    overlay = dict(pretrained_cfg_overlay=dict(file=checkpoint)) if checkpoint else {}
+    default = bool(place) or timm.models.is_model_pretrained(name)
+    trained = bool(checkpoint) or default and not untrained
+    try:
+        model = timm.create_model(name, pretrained=trained, **overlay, **model_kwargs)
+    except Exception as e:  # of any of the libraries by which timm reads files and makes requests
+        what = f'the weights in {checkpoint}' if checkpoint else 'its pretrained weights' if trained else 'random weights'
+        also = f' and {model_kwargs}' if model_kwargs else ''
+        hint = '; --checkpoint or --untrained do without them.' if trained and not checkpoint else ''
+        raise UserError(f'cannot create {name} with {what}{also}: {type(e).__name__}: {first_line(e)}{hint}') from e
+    return model.eval(), trained
+
+
+def first_line(error: Exception) -> str:
+    """What an exception says, in one line: what follows the first is a list for whoever debugs it."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if len(lines) > 1 and lines[0].endswith(':'):
+        return f'{lines[0]} {lines[1]}'
+    return lines[0] if lines else type(error).__name__
+
+
+def load_image(path: str) -> Image.Image:
+    """Read an image file."""
+    try:
+        with Image.open(path) as image:
+            return image.convert('RGB')
+    except FileNotFoundError as e:
+        raise UserError(f'there is no image {path}.') from e
+    except (OSError, SyntaxError, ValueError) as e:  # what PIL raises for what it cannot read
+        raise UserError(f'{path} is not an image that can be read: {first_line(e)}') from e
+
+
+def find_images(path: str) -> List[Tuple[str, str]]:
+    """Names and paths of the images in a folder, in the order of their names, or of the one image at `path`."""
+    if not os.path.isdir(path):
+        return [(os.path.basename(path), path)]
+    extensions = tuple(get_img_extensions())
+    found = sorted(
+        os.path.join(folder, file) for folder, _, files in os.walk(path) for file in files
+        if file.lower().endswith(extensions))
+    if not found:
+        raise UserError(f'{path} holds no images.')
+    return [(os.path.relpath(file, path), file) for file in found]
+
+
+def digits() -> List[Tuple[str, Image.Image]]:
+    """Names and images of the handwritten digits that scikit-learn ships, 32x32 pixels."""
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as e:
+        raise UserError(
+            "without --image the images are digits of scikit-learn; install it with: pip install 'timm-sot[study]'"
+        ) from e
+    pixels, labels = load_digits(return_X_y=True)  # (1797, 64), 0 to 16
+    images = (Image.fromarray((x.reshape(8, 8) * 15.9).astype('uint8')).resize((32, 32)).convert('RGB') for x in pixels)
+    return [(f'{i} of the digits, a {label}', image) for i, (label, image) in enumerate(zip(labels, images))]
+
+
+def model_input(model: nn.Module, image: Image.Image) -> torch.Tensor:
+    """The image as the model takes it: scaled, cropped and normalized, (C, H, W)."""
+    config = data_config(model)
+    # of a black and white digit as of a photograph
+    return create_transform(**config)(image.convert('L' if config['input_size'][0] == 1 else 'RGB'))
+
+
+def shown_pixels(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """The pixels of a model's input, (C, H, W) -> (H, W, C) in [0, 1]."""
+    config = data_config(model)
+    mean, std = (torch.tensor(config[name]).view(-1, 1, 1) for name in ('mean', 'std'))
+    return (x * std + mean).clamp(0, 1).permute(1, 2, 0)
+
+
+def data_config(model: nn.Module) -> Dict[str, Any]:
+    """timm's data config of a model, with the image size and channels that it was really built for."""
+    config = resolve_model_data_config(model)
+    channels, *size = config['input_size']
+    for module in (model, getattr(model, 'patch_embed', None)):
+        size = to_2tuple(getattr(module, 'img_size', None) or size)
+    channels = getattr(model, 'in_chans', channels)
+    if channels != len(config['mean']):
+        config['mean'], config['std'] = (
+            (sum(config[name]) / len(config[name]),) * channels for name in ('mean', 'std'))
+    return {**config, 'input_size': (channels, *size)}
+
+
+def token_grid(model: nn.Module, num_tokens: int) -> Tuple[int, int]:
+    """Height and width in tokens of the image, where the last of the model's `num_tokens` tokens are those of it."""
+    patch_embed = getattr(model, 'patch_embed', None)
+    grid = getattr(model, 'grid_size', None) or getattr(patch_embed, 'grid_size', None)
+    prefix = getattr(model, 'num_prefix_tokens', 0)
+    if grid is None or grid[0] * grid[1] + prefix != num_tokens:
+        raise ValueError(
+            f'cannot tell where in the image the {num_tokens} tokens of {type(model).__name__} are: it has no grid_size '
+            f'that they fill; the figures compare, heads, entropy and reg do not need to know.')
+    return grid[0], grid[1]
