@@ -197,11 +197,11 @@ def patches(
 
     columns = 1 + 2 * len(shown)
     side = min(1.9, (WIDTH - 1.2) / columns)
-    figure = new_figure((side + 0.1) * len(queries) + 1.5, width=side * columns + 1.2)
+    figure = new_figure((side + 0.1) * len(queries) + 1.6, width=side * columns + 1.2)
     figure.suptitle(about(image_name, dropout))
     axes = figure.subplots(len(queries), columns, squeeze=False)
     for query, ax in zip(queries, axes[:, 0]):
-        ax.imshow(first_pixels)
+        ax.imshow(first_pixels.numpy())
         outline(ax, query, first_grid, first_pixels.shape[:2])
         ax.set_ylabel(f'patch {query[0]},{query[1]}')
     axes[0, 0].set_title('query patch')
@@ -254,7 +254,7 @@ def entropy(
     for ax in axes.flat[len(values):]:
         ax.set_axis_off()
     for ax, (name, by_layer) in zip(axes.flat, values.items()):
-        draw_entropies(ax, by_layer)
+        draw_entropies(ax, by_layer, most)
         ax.set_title(name, weight='bold')
         settings = sorted({sot_settings(layer_of(models[name], key), name) for key in by_layer} - {''})
         ax.text(0.98, 0.03, '\n'.join(settings), ha='right', va='bottom', transform=ax.transAxes)
@@ -325,13 +325,13 @@ def new_figure(height: float, width: float = WIDTH) -> Figure:
 def draw_heatmap(ax, matrix: torch.Tensor, limits: Tuple[float, float]):
     """A matrix (N, N) as colours, one pixel an entry, the first query at the top."""
     ax.set_box_aspect(1)
-    return ax.imshow(matrix, cmap=CMAP, vmin=limits[0], vmax=limits[1], interpolation='nearest')
+    return ax.imshow(matrix.numpy(), cmap=CMAP, vmin=limits[0], vmax=limits[1], interpolation='nearest')
 
 
 def draw_histogram(ax, matrix: torch.Tensor, limits: Tuple[float, float], most: int, bins: int = 50) -> None:
     """Histogram of all entries; counts are logarithmic, or the few large weights would not be seen."""
     low, high = limits
-    ax.hist(matrix.flatten(), bins=bins, range=(low, high) if low < high else (low - 0.5, high + 0.5), color=BLUE)
+    ax.hist(matrix.flatten().numpy(), bins=bins, range=(low, high) if low < high else (low - 0.5, high + 0.5), color=BLUE)
     set_histogram_axes(ax, limits, most)
 
 
@@ -351,10 +351,10 @@ def mark_uniform(ax, weights: torch.Tensor) -> None:
 
 def draw_overlay(ax, values: torch.Tensor, pixels: torch.Tensor, mode: str, limits: Tuple[float, float]):
     """Values of a token grid (H', W') over a grey copy of the image, at the resolution of the image (H, W)."""
-    ax.imshow(pixels.mean(dim=-1), cmap='gray', vmin=0, vmax=1)
+    ax.imshow(pixels.mean(dim=-1).numpy(), cmap='gray', vmin=-0.5, vmax=1.5)  # faint, for the colours over it to be read
     values = F.interpolate(
         values[None, None], pixels.shape[:2], mode=mode, align_corners=False if mode == 'bilinear' else None)[0, 0]
-    return ax.imshow(values, cmap=CMAP, vmin=limits[0], vmax=limits[1], alpha=0.65, interpolation='nearest')
+    return ax.imshow(values.numpy(), cmap=CMAP, vmin=limits[0], vmax=limits[1], alpha=0.65, interpolation='nearest')
 
 
 def outline(ax, place: Tuple[int, int], grid: Tuple[int, int], size: Tuple[int, int]) -> None:
@@ -365,9 +365,15 @@ def outline(ax, place: Tuple[int, int], grid: Tuple[int, int], size: Tuple[int, 
         path_effects=[patheffects.withStroke(linewidth=3.5, foreground='black')]))
 
 
-def draw_entropies(ax, by_layer: Dict[str, torch.Tensor]) -> None:
-    """A violin for each head with its median above it; layers take turns in colour."""
-    count = sum(values.shape[1] for values in by_layer.values())
+def draw_entropies(ax, by_layer: Dict[str, torch.Tensor], most: int) -> None:
+    """A violin for each head with its median above it; layers take turns in colour.
+
+    Args:
+        ax: Where to.
+        by_layer: Entropies by layer, (images, H, N).
+        most: The largest number of violins of any axes of the figure: what is written beside them depends on it.
+    """
+    few, many = most <= 4, most > 32
     position, ticks = 0., {}
     for i, (key, values) in enumerate(by_layer.items()):
         color = (BLUE, ORANGE)[i % 2]
@@ -376,11 +382,11 @@ def draw_entropies(ax, by_layer: Dict[str, torch.Tensor]) -> None:
             for name, artists in ax.violinplot(head.numpy(), [position], widths=0.8, showmedians=True).items():
                 for artist in artists if name == 'bodies' else [artists]:
                     artist.set_color(color)
-            if count <= 32:
+            if not many:
                 ax.text(
                     position, 1.03, relative_entropy(head.median().item()), ha='center', va='bottom', fontsize=8,
-                    color=color, rotation=0 if count <= 4 else 90)
-            ticks[position] = f'head {h}' if count <= 4 else f'{h}'
+                    color=color, rotation=0 if few else 90)
+            ticks[position] = f'head {h}' if few else f'{h}'
             position += 1
         ax.text(
             (start + position - 1) / 2, -0.11, key, ha='center', va='top', color=color,
@@ -388,13 +394,15 @@ def draw_entropies(ax, by_layer: Dict[str, torch.Tensor]) -> None:
         position += 0.5
     ax.axhline(1, color='black', linestyle='--', linewidth=1)
     ax.set(xticks=[*ticks], xticklabels=ticks.values(), xlim=(-0.7, position - 0.8))
-    ax.set(ylim=(0, 1.12 if count <= 4 or count > 32 else 1.3))
+    ax.set(ylim=(0, 1.12 if few or many else 1.3))
     ax.set_yticks([0, 0.2, 0.4, 0.6, 0.8, 1], ['0', '0.2', '0.4', '0.6', '0.8', 'uniform: 1'])
 
 
 def relative_entropy(value: float) -> str:
     """A number with its distance from 1 where four digits would not show any."""
-    return f'{value:.3f}' if value < 0.9995 else f'1−{1 - value:.0e}'.replace('e-0', 'e−')
+    if value < 0.9995:
+        return f'{value:.3f}'
+    return f'1−{1 - value:.0e}'.replace('e-0', 'e−') if value < 1 - 1e-6 else '>1−1e−6'  # closer is rounding
 
 
 def entropies(
