@@ -181,7 +181,7 @@ def test_patches(models, image):
     assert_same_colours(list(axes[:, 1:].flat))
     assert 'uniform' in bar_label(bar) and bar.get_lines()[0].get_xdata()[0] == 1
     text = texts(figure)
-    for part in ('image noise.png', 'cct_2\nblocks.1 · head 1\nnearest', 'cct_2_sot_qk\nblocks.1 · head 1 · reg 0.1',
+    for part in ('image noise.png', 'cct_2\nblocks.1 · head 1\nsoftmax\nnearest', 'cct_2_sot_qk\nblocks.1 · head 1\nreg 0.1\n',
                  'bilinear'):
         assert part in text, part
 

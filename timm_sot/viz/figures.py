@@ -84,7 +84,7 @@ def compare(
             else:  # the axes and colours remain, for the panels of all models to be of one size
                 matrix = torch.full_like(matrices['weights'], float('nan'))
                 heatmap.text(
-                    0.5, 0.5, 'none: the weights are\nthe softmax of the scores', ha='center', va='center',
+                    0.5, 0.5, 'the weights are\nthe softmax of the scores', ha='center', va='center',
                     transform=heatmap.transAxes)
                 set_histogram_axes(histogram, limits[kind], most)
             if kind == 'weights' and getattr(attention, 'softmax', True):
@@ -197,7 +197,7 @@ def patches(
 
     columns = 1 + 2 * len(shown)
     side = min(1.9, (WIDTH - 1.2) / columns)
-    figure = new_figure((side + 0.1) * len(queries) + 1.6, width=side * columns + 1.2)
+    figure = new_figure((side + 0.1) * len(queries) + 1.8, width=side * columns + 1.2)
     figure.suptitle(about(image_name, dropout))
     axes = figure.subplots(len(queries), columns, squeeze=False)
     for query, ax in zip(queries, axes[:, 0]):
@@ -212,9 +212,10 @@ def patches(
                 drawn = draw_overlay(ax, values, pixels, mode, limits)
                 outline(ax, place, grid, pixels.shape[:2])
         # the heading is as wide as both columns and must not widen the first
-        heading = '\n'.join([*describe(name, model, key, head).split(' · ', 1), 'nearest'])
+        settings = sot_settings(layer_of(model, key), name) or 'softmax'
+        heading = f'{name}\n{key} · {head_title(head)}\n{settings}\nnearest'
         axes[0, 1 + 2 * m].set_title(heading, loc='left').set_in_layout(False)
-        axes[0, 2 + 2 * m].set_title(' \n \nbilinear', loc='left')
+        axes[0, 2 + 2 * m].set_title(' \n \n \nbilinear', loc='left')
     for ax in axes.flat:
         ax.set(xticks=[], yticks=[])
     bar = figure.colorbar(drawn, ax=axes, label=label, location='bottom', shrink=0.6, aspect=40)
@@ -345,7 +346,7 @@ def mark_uniform(ax, weights: torch.Tensor) -> None:
     """A line at the weight of uniform attention, behind the bars, and the range of the weights in numbers."""
     N = weights.shape[-1]
     ax.axvline(1 / N, color=ORANGE, linestyle='--', zorder=0, label=f'uniform: {1 / N:.4f}')
-    title = f'{weights.min():.4f} to {weights.max():.4f}'
+    title = f'range: {weights.min():.4f} to {weights.max():.4f}'
     ax.legend(loc='upper right', frameon=False, borderaxespad=0.2, handlelength=1.5, title=title)
 
 
@@ -362,7 +363,7 @@ def outline(ax, place: Tuple[int, int], grid: Tuple[int, int], size: Tuple[int, 
     height, width = size[0] / grid[0], size[1] / grid[1]
     ax.add_patch(Rectangle(
         (place[1] * width - 0.5, place[0] * height - 0.5), width, height, fill=False, edgecolor='white', linewidth=1.5,
-        path_effects=[patheffects.withStroke(linewidth=3.5, foreground='black')]))
+        clip_on=False, path_effects=[patheffects.withStroke(linewidth=3.5, foreground='black')]))
 
 
 def draw_entropies(ax, by_layer: Dict[str, torch.Tensor], most: int) -> None:
@@ -492,7 +493,13 @@ def sot_settings(layer: nn.Module, name: str) -> str:
     """What there is to say of an SOT layer of the model called `name`, '' for one with softmax attention."""
     if not getattr(layer, 'operands', ''):
         return ''
-    return f'reg {layer.reg:g}' if layer.variant in name else f'{layer.variant}, reg {layer.reg:g}'
+    settings = [] if layer.variant in name else [layer.variant]
+    settings.append(f'reg {layer.reg:g}')
+    if layer.iters != 10:
+        settings.append(f'{layer.iters} iterations')
+    if layer.tol is not None:
+        settings.append(f'tol {layer.tol:g}')
+    return ', '.join(settings)
 
 
 def describe(name: str, model: nn.Module, key: str, head: Union[int, str]) -> str:
@@ -515,6 +522,8 @@ def panel_title(kind: str, layer: nn.Module) -> str:
     sot = {'q': 'SOT(Q)', 'qk': 'SOT(Q, K)', 'qkt': r'SOT(Q, $K^\top$)'}.get(operands, 'SOT')
     if kind == 'scores':
         return 'scores' if not operands else 'scores (unused here)'
+    if kind == 'sot' and not operands:
+        return 'no SOT matrix'
     if kind == 'sot':
         return f'{sot}, before softmax' if layer.softmax else sot
     if not operands:

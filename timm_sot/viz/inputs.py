@@ -43,7 +43,8 @@ def load_models(
     for name, checkpoint in zip(names, checkpoints or [''] * len(names)):
         torch.manual_seed(seed)
         model, trained = load_model(name, checkpoint, untrained, model_kwargs or {})
-        notes = [f'{key}={value}' for key, value in (model_kwargs or {}).items()]
+        # the figures themselves say the settings of SOT attention
+        notes = [f'{key}={value}' for key, value in (model_kwargs or {}).items() if not key.startswith('sot_')]
         if names.count(name) > 1 and checkpoint:
             notes.append(checkpoint)
         if not trained:
@@ -102,7 +103,7 @@ def load_image(path: str) -> Image.Image:
 def find_images(path: str) -> List[Tuple[str, str]]:
     """Names and paths of the images in a folder, in the order of their names, or of the one image at `path`."""
     if not os.path.isdir(path):
-        return [(os.path.basename(path), path)]
+        return [('/'.join(os.path.abspath(path).split(os.sep)[-2:]), path)]
     extensions = tuple(get_img_extensions())
     found = sorted(
         os.path.join(folder, file) for folder, _, files in os.walk(path) for file in files
