@@ -6,11 +6,14 @@ from pathlib import Path
 
 import pytest
 import timm
+from PIL import Image
+from safetensors.torch import save_file
 from timm_scripts import TRAIN_OPTIONS, VALIDATE_OPTIONS
 
 import timm_sot
 from timm_sot.attention import VARIANTS
 from timm_sot.cct import CCT
+from timm_sot.cli import main
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / 'README.md').read_text()
@@ -44,9 +47,36 @@ def test_commands_for_timms_scripts(words):
             assert word.split('=')[0] in CCT.__init__.__annotations__
 
 
+FIGURES = [line for block in BASH for line in block.splitlines() if line.startswith('timm-sot attention')]
+
+
+@pytest.mark.parametrize('command', FIGURES)
+def test_commands_of_figures(command, tmp_path, monkeypatch):
+    """They draw what README shows, given the files that they name."""
+    words = shlex.split(command)[1:]
+    value = dict(zip(words, words[1:]))
+    assert (ROOT / value['--out']).exists() and f']({value["--out"]})' in README
+
+    monkeypatch.chdir(tmp_path)
+    for file in re.findall(r'\S+\.safetensors', command):
+        Path(file).parent.mkdir(parents=True, exist_ok=True)
+        model = timm.create_model(re.match(r'[a-z_0-9]+', Path(file).name)[0])
+        save_file(model.state_dict(), file)
+    image = Path(value['--image'])
+    if image.suffix:
+        image.parent.mkdir(parents=True)
+        Image.new('RGB', (32, 32)).save(image)
+    else:
+        image.mkdir(parents=True)
+        Image.new('RGB', (32, 32)).save(image / '0.png')
+    Path(value['--out']).parent.mkdir(parents=True)
+    assert main(words) == 0
+    assert Path(value['--out']).stat().st_size > 0
+
+
 def test_other_commands_are_run_by_ci():
     ci = (ROOT / '.ci' / 'run').read_text()
-    others = [block for block in BASH if 'python ' not in block]
+    others = [block for block in BASH if not re.match('python |for |timm-sot attention', block)]
     assert others
     for block in others:
         assert f'step bash -c "{block}"\n' in ci, block
@@ -54,8 +84,8 @@ def test_other_commands_are_run_by_ci():
 
 def test_inline_names_exist():
     options = set(re.findall(r'`(--[\w-]+)', README))
-    study = {'--data-dir'}
-    assert options <= TRAIN_OPTIONS | VALIDATE_OPTIONS | study
+    own = {'--data-dir', '--image', '--models', '--checkpoint'}
+    assert options <= TRAIN_OPTIONS | VALIDATE_OPTIONS | own
     for name in re.findall(r'`(cct_\w+)`', README):
         assert timm.is_model(name), name
     for name in re.findall(r'`([\w-]+\.yaml)`', README):
@@ -66,7 +96,8 @@ def test_inline_names_exist():
 
 def test_extras_and_script_exist():
     extras = set(re.findall(r"pip install '\.\[(\w+)\]'", README))
-    assert extras == {'all', 'test'}
+    extras |= set(re.findall(r"pip install 'timm-sot\[(\w+)\]'", README))
+    assert extras == {'all', 'test', 'viz'}
     assert extras <= {extra for line in requires('timm-sot') for extra in re.findall(r'extra == ["\'](\w+)', line)}
     assert 'timm-sot' in {script.name for script in entry_points(group='console_scripts')}
 

@@ -346,8 +346,9 @@ def mark_uniform(ax, weights: torch.Tensor) -> None:
     """A line at the weight of uniform attention, behind the bars, and the range of the weights in numbers."""
     N = weights.shape[-1]
     ax.axvline(1 / N, color=ORANGE, linestyle='--', zorder=0, label=f'uniform: {1 / N:.4f}')
-    title = f'range: {weights.min():.4f} to {weights.max():.4f}'
-    ax.legend(loc='upper right', frameon=False, borderaxespad=0.2, handlelength=1.5, title=title)
+    title = f'range {weights.min():.4f}–{weights.max():.4f}'
+    ax.legend(
+        loc='upper right', frameon=False, borderaxespad=0.2, handlelength=1.5, fontsize=8, title=title, title_fontsize=8)
 
 
 def draw_overlay(ax, values: torch.Tensor, pixels: torch.Tensor, mode: str, limits: Tuple[float, float]):
