@@ -316,7 +316,7 @@ def test_formats(models, image, tmp_path, extension, start):
 def test_text_is_inside_and_apart(models, image):
     """At README width nothing is cut off, and titles of panels do not run into each other."""
     shown = {**models, 'cct_2_sot_qk_nosoftmax': timm.create_model('cct_2_sot_qk_nosoftmax')}
-    for draw in (figures.compare, figures.patches, figures.heads):
+    for draw in (figures.compare, figures.patches):
         figure = draw(shown, image, image_name='a/folder/with/an/image_0001.jpeg')
         figure.set_dpi(100)
         figure.draw_without_rendering()

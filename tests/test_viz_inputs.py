@@ -1,0 +1,75 @@
+""" Models and images for the figures; what a user names is in test_cli.py """
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+
+from timm_sot.errors import UserError
+from timm_sot.study.errors import StudyError
+from timm_sot.viz.inputs import digits, find_images, model_input, shown_pixels, token_grid
+
+
+def make_image(size=(32, 32)):
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8))
+
+
+def test_input_is_that_of_timms_own_transform():
+    from timm.data import create_transform, resolve_model_data_config
+    image = make_image((40, 50))
+    for name in ('cct_2', 'vit_tiny_patch16_224'):
+        model = timm.create_model(name)
+        transform = create_transform(**resolve_model_data_config(model))
+        assert torch.equal(model_input(model, image), transform(image))
+
+
+@pytest.mark.parametrize('make, shape', [
+    (lambda: timm.create_model('cct_2', img_size=(48, 64)), (3, 48, 64)),
+    (lambda: timm.create_model('cct_2', img_size=48, in_chans=1), (1, 48, 48)),
+    (lambda: timm.create_model('vit_tiny_patch16_224', img_size=64), (3, 64, 64)),
+    (lambda: timm.create_model('vit_tiny_patch16_224', in_chans=1), (1, 224, 224)),
+])
+def test_input_is_what_the_model_was_built_for(make, shape):
+    model = make()
+    x = model_input(model, make_image())
+    assert x.shape == shape
+    model(x[None])
+    assert shown_pixels(model, x).shape == (*shape[1:], shape[0])
+
+
+def test_pixels_are_those_of_the_image():
+    image = make_image()
+    model = timm.create_model('cct_2')
+    np.testing.assert_allclose(shown_pixels(model, model_input(model, image)), np.asarray(image) / 255, atol=1e-6)
+
+
+@pytest.mark.parametrize('name, kwargs, tokens, grid', [
+    ('cct_2', {}, 64, (8, 8)),
+    ('cct_2', {'img_size': (32, 64)}, 128, (8, 16)),
+    ('vit_tiny_patch16_224', {}, 197, (14, 14)),
+    ('deit_tiny_distilled_patch16_224', {}, 198, (14, 14)),
+])
+def test_token_grid(name, kwargs, tokens, grid):
+    model = timm.create_model(name, **kwargs)
+    assert token_grid(model, tokens) == grid
+    with pytest.raises(ValueError, match=f'where in the image the {tokens + 1} tokens'):
+        token_grid(model, tokens + 1)
+
+
+def test_digits():
+    found = digits()
+    assert len(found) == 1797 and found[4][0] == '4 of the digits, a 4'
+    assert {(image.size, image.mode) for _, image in found} == {((32, 32), 'RGB')}
+    assert np.asarray(found[4][1]).max() > 200
+
+
+def test_find_images(tmp_path):
+    for name in ('b/2.png', 'a/10.JPG', 'a/notes.txt', '1.jpeg'):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    assert [name for name, _ in find_images(str(tmp_path))] == ['1.jpeg', 'a/10.JPG', 'b/2.png']
+    assert find_images(str(tmp_path / 'b/2.png')) == [('b/2.png', str(tmp_path / 'b/2.png'))]
+
+
+def test_errors_of_the_study_are_the_users():
+    assert issubclass(StudyError, UserError)
