@@ -55,7 +55,7 @@ def test_study(tiny_dir, tmp_path, capsys):
     (['attention', 'compare', '--models', 'resnet10t', '--untrained'], 'ResNet) has no timm.layers.Attention'),
     (['attention', 'compare', '--models', 'cct_2', 'cct_2'], 'cct_2 (untrained) is named twice'),
     (['attention', 'compare', '--model-kwargs', 'sot_rag=1'], 'sot_rag'),
-    (['attention', 'compare', '--checkpoint', 'none.safetensors'], 'a checkpoint is needed for each model, got 1 for 2'),
+    (['attention', 'compare', '--checkpoint', 'none'], 'a checkpoint is needed for each model, got 1 for 2'),
     (['attention', 'heads', '--models', 'cct_2', '--checkpoint', 'none.safetensors'], 'there is no checkpoint none'),
     (['attention', 'heads', '--models', 'cct_2', '--checkpoint', __file__], f'cct_2 with the weights in {__file__}: '),
     (['attention', 'compare', '--image', 'no/such.png'], 'there is no image no/such.png'),
@@ -71,7 +71,7 @@ def test_study(tiny_dir, tmp_path, capsys):
     (['attention', 'entropy', '--num-images', '0'], '--num-images: must be at least 1'),
     (['attention', 'compare', '--out', 'figure.gif'], 'figure.gif must end in .png, .svg or .pdf'),
     (['attention', 'heads', '--out', 'no/such/folder/figure.png'], 'no/such/folder/figure.png'),
-    (['attention', 'heads', '--models', 'cct_2_sot_qkt', '--model-kwargs', 'img_size=48'], 'needs N = D, got 144 tokens'),
+    (['attention', 'heads', '--models', 'cct_2_sot_qkt', '--model-kwargs', 'img_size=48'], 'N = D, got 144 tokens'),
 ])
 def test_user_errors(capsys, args, message):
     assert main(args) == 2
@@ -181,7 +181,8 @@ def test_attention_of_checkpoints(drawn, tmp_path):
     states = [timm.create_model('cct_2').state_dict() for _ in range(2)]
     save_file(states[0], tmp_path / 'a.safetensors')
     torch.save({'state_dict': states[1]}, tmp_path / 'b.pth.tar')
-    assert main(['attention', 'compare', '--models', 'cct_2', 'cct_2', '--checkpoint', 'a.safetensors', 'b.pth.tar']) == 0
+    files = ['a.safetensors', 'b.pth.tar']
+    assert main(['attention', 'compare', '--models', 'cct_2', 'cct_2', '--checkpoint', *files]) == 0
     assert list(drawn['models']) == ['cct_2 (a.safetensors)', 'cct_2 (b.pth.tar)']
     for model, state in zip(drawn['models'].values(), states):
         assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())

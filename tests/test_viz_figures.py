@@ -102,9 +102,11 @@ def test_compare(models, image):
         assert_same_colours(column[1::2])
         assert len({histogram.get_xlabel() for histogram in column[::2]}) == 1
     low, high = rows[1, 2].get_images()[0].get_clim()
-    assert low == 0 and math.isclose(high, max(maps_of(m, image)['blocks.0']['weights'][0, 1].max() for m in models.values()))
+    largest = max(maps_of(model, image)['blocks.0']['weights'][0, 1].max() for model in models.values())
+    assert low == 0 and math.isclose(high, largest, rel_tol=1e-5)
     assert rows[1, 1].get_images()[0].get_clim() == (0, 1)
-    assert [bar_label(bar) for bar in bars] == 2 * [r'score $QK^\top d^{-1/2}$', 'entry of the SOT matrix', 'attention weight']
+    labels = [r'score $QK^\top d^{-1/2}$', 'entry of the SOT matrix', 'attention weight']
+    assert [bar_label(bar) for bar in bars] == 2 * labels
     for histogram in rows[::2, 2]:
         line, = histogram.get_lines()
         assert line.get_xdata()[0] == 1 / 64
@@ -138,8 +140,8 @@ def test_heads(models, vit, image, matrix):
     figure = figures.heads(shown, image, matrix=matrix, image_name='noise.png')
     axes, bars = panels(figure)
     expected = [
-        (key, h, values) for model in shown.values() for key, record in maps_of(model, image).items() if matrix in record
-        for h, values in enumerate(record[matrix][0])]
+        (key, h, values) for model in shown.values() for key, record in maps_of(model, image).items()
+        if matrix in record for h, values in enumerate(record[matrix][0])]
     assert len(axes) == len(expected) == (4 + 3 if matrix == 'sot' else 4 + 9) and len(bars) == 2
     for ax, (key, h, values) in zip(axes, expected):
         np.testing.assert_allclose(heatmap(ax), values, atol=1e-6)
@@ -181,8 +183,8 @@ def test_patches(models, image):
     assert_same_colours(list(axes[:, 1:].flat))
     assert 'uniform' in bar_label(bar) and bar.get_lines()[0].get_xdata()[0] == 1
     text = texts(figure)
-    for part in ('image noise.png', 'cct_2\nblocks.1 · head 1\nsoftmax\nnearest', 'cct_2_sot_qk\nblocks.1 · head 1\nreg 0.1\n',
-                 'bilinear'):
+    for part in ('image noise.png', 'cct_2\nblocks.1 · head 1\nsoftmax\nnearest',
+                 'cct_2_sot_qk\nblocks.1 · head 1\nreg 0.1\n', 'bilinear'):
         assert part in text, part
 
 
@@ -295,8 +297,9 @@ def test_dropout_is_off_unless_asked_for(image, figure):
     model.blocks[1].eval()
     modes = [module.training for module in model.modules()]
     seen = {}
-    model.blocks[0].attn.attn_drop.register_forward_hook(lambda module, args, out: seen.update(dropped=(out == 0).any()))
-    model.blocks[0].mlp.drop1.register_forward_hook(lambda module, args, out: seen.update(mlp=(out == 0).float().mean()))
+    block = model.blocks[0]
+    block.attn.attn_drop.register_forward_hook(lambda module, args, out: seen.update(dropped=(out == 0).any()))
+    block.mlp.drop1.register_forward_hook(lambda module, args, out: seen.update(mlp=(out == 0).float().mean()))
 
     drawn = CALLS[figure]({'m': model}, image)
     assert not seen['dropped'] and 'dropout' not in texts(drawn)
@@ -335,8 +338,8 @@ def test_text_is_inside_and_apart(models, image):
 
 
 @pytest.mark.parametrize('call, message', [
-    (lambda m, i: figures.compare(m, i, layer=2), r'cct_2 has no attention layer 2; choose a number from -2 to 1 or one of '
-                                                  r'blocks\.0, blocks\.1'),
+    (lambda m, i: figures.compare(m, i, layer=2),
+     r'cct_2 has no attention layer 2; choose a number from -2 to 1 or one of blocks\.0, blocks\.1'),
     (lambda m, i: figures.compare(m, i, layer='blocks.7'), r'no attention layer blocks\.7'),
     (lambda m, i: figures.compare(m, i, head=2), "cct_2 has no head 2 in blocks.1; choose one from 0 to 1, or 'mean'"),
     (lambda m, i: figures.compare(m, i, head='first'), 'no head first'),

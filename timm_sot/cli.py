@@ -140,8 +140,8 @@ _patch.__name__ = 'ROW,COLUMN'
 def _add_attention(commands) -> None:
     parser = commands.add_parser(
         'attention', help='draw the attention of models',
-        description='Draw the attention of models for an image, or for many. Without --image the images are handwritten '
-                    'digits of scikit-learn.')
+        description='Draw the attention of models for an image, or for many. Without --image the images are '
+                    'handwritten digits of scikit-learn.')
     figures = parser.add_subparsers(title='figures', dest='figure', required=True, metavar='FIGURE')
     about = {
         'compare': 'histograms and heatmaps of scores, SOT matrix and weights of one head',
@@ -171,7 +171,8 @@ def _add_attention(commands) -> None:
         if figure in ('compare', 'patches', 'reg'):
             sub.add_argument('--layer', type=_number_or_name, default=-1, metavar='LAYER',
                              help='number of the attention layer or name of its block (default: the last)')
-            sub.add_argument('--head', type=_number_or_name, default='mean' if figure == 'patches' else 0, metavar='HEAD',
+            sub.add_argument('--head', type=_number_or_name, metavar='HEAD',
+                             default='mean' if figure == 'patches' else 0,
                              help="number of the head, or 'mean' (default: %(default)s)")
         if figure in ('heads', 'patches'):
             sub.add_argument('--matrix', choices=('scores', 'sot', 'weights'), default='weights',
@@ -186,7 +187,8 @@ def _add_attention(commands) -> None:
             sub.add_argument('--dropout', action='store_true', help='apply the dropout of the attention weights')
         sub.add_argument('--seed', type=_number(int, 0), default=0,
                          help='of random weights and dropout (default: %(default)s)')
-        sub.add_argument('--dpi', type=_number(int, 10), default=150, help='dots per inch of a PNG (default: %(default)s)')
+        sub.add_argument('--dpi', type=_number(int, 10), default=150,
+                         help='dots per inch of a PNG (default: %(default)s)')
         sub.add_argument('--out', default=f'{figure}.png', metavar='FILE',
                          help='.png, .svg or .pdf to write (default: %(default)s)')
         sub.set_defaults(run=_attention)

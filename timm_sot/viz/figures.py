@@ -5,7 +5,7 @@ their axes and colours, so they can be compared. Models are in evaluation mode w
 they are in otherwise; `dropout=True` switches the dropout of the attention weights on, and nothing else.
 """
 from contextlib import contextmanager
-from typing import Dict, Iterator, List, Mapping, Optional, Sequence, Tuple, Union
+from typing import Dict, Iterator, List, Mapping, Sequence, Tuple, Union
 
 import torch
 import torch.nn.functional as F
@@ -332,7 +332,8 @@ def draw_heatmap(ax, matrix: torch.Tensor, limits: Tuple[float, float]):
 def draw_histogram(ax, matrix: torch.Tensor, limits: Tuple[float, float], most: int, bins: int = 50) -> None:
     """Histogram of all entries; counts are logarithmic, or the few large weights would not be seen."""
     low, high = limits
-    ax.hist(matrix.flatten().numpy(), bins=bins, range=(low, high) if low < high else (low - 0.5, high + 0.5), color=BLUE)
+    span = (low, high) if low < high else (low - 0.5, high + 0.5)
+    ax.hist(matrix.flatten().numpy(), bins=bins, range=span, color=BLUE)
     set_histogram_axes(ax, limits, most)
 
 
@@ -348,12 +349,14 @@ def mark_uniform(ax, weights: torch.Tensor) -> None:
     ax.axvline(1 / N, color=ORANGE, linestyle='--', zorder=0, label=f'uniform: {1 / N:.4f}')
     title = f'range {weights.min():.4f}–{weights.max():.4f}'
     ax.legend(
-        loc='upper right', frameon=False, borderaxespad=0.2, handlelength=1.5, fontsize=8, title=title, title_fontsize=8)
+        loc='upper right', frameon=False, borderaxespad=0.2, handlelength=1.5, fontsize=8, title=title,
+        title_fontsize=8)
 
 
 def draw_overlay(ax, values: torch.Tensor, pixels: torch.Tensor, mode: str, limits: Tuple[float, float]):
     """Values of a token grid (H', W') over a grey copy of the image, at the resolution of the image (H, W)."""
-    ax.imshow(pixels.mean(dim=-1).numpy(), cmap='gray', vmin=-0.5, vmax=1.5)  # faint, for the colours over it to be read
+    # faint, for the colours over it to be read
+    ax.imshow(pixels.mean(dim=-1).numpy(), cmap='gray', vmin=-0.5, vmax=1.5)
     values = F.interpolate(
         values[None, None], pixels.shape[:2], mode=mode, align_corners=False if mode == 'bilinear' else None)[0, 0]
     return ax.imshow(values.numpy(), cmap=CMAP, vmin=limits[0], vmax=limits[1], alpha=0.65, interpolation='nearest')

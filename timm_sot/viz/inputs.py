@@ -74,7 +74,8 @@ def load_model(name: str, checkpoint: str, untrained: bool, model_kwargs: Dict[s
     try:
         model = timm.create_model(name, pretrained=trained, **overlay, **model_kwargs)
     except Exception as e:  # of any of the libraries by which timm reads files and makes requests
-        what = f'the weights in {checkpoint}' if checkpoint else 'its pretrained weights' if trained else 'random weights'
+        what = 'its pretrained weights' if trained else 'random weights'
+        what = f'the weights in {checkpoint}' if checkpoint else what
         also = f' and {model_kwargs}' if model_kwargs else ''
         hint = '; --checkpoint or --untrained do without them.' if trained and not checkpoint else ''
         raise UserError(f'cannot create {name} with {what}{also}: {type(e).__name__}: {first_line(e)}{hint}') from e
@@ -160,6 +161,6 @@ def token_grid(model: nn.Module, num_tokens: int) -> Tuple[int, int]:
     prefix = getattr(model, 'num_prefix_tokens', 0)
     if grid is None or grid[0] * grid[1] + prefix != num_tokens:
         raise ValueError(
-            f'cannot tell where in the image the {num_tokens} tokens of {type(model).__name__} are: it has no grid_size '
-            f'that they fill; the figures compare, heads, entropy and reg do not need to know.')
+            f'cannot tell where in the image the {num_tokens} tokens of {type(model).__name__} are: it has no '
+            f'grid_size that they fill; the figures compare, heads, entropy and reg do not need to know.')
     return grid[0], grid[1]
