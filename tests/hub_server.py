@@ -1,8 +1,8 @@
 """A small Hub: the part of its protocol that huggingface_hub speaks for downloads and uploads (LFS, not Xet).
 
-Run as a process of its own, `python hub_server.py`; it prints the URL to use as HF_ENDPOINT. Repositories are in memory.
-Large files are redirected to a second port, another origin, as the Hub redirects to its CDN: an Authorization header that
-arrives there is refused, as signed URLs do. `/_test/...` is for the tests: faults to come, the requests so far.
+Run as a process of its own, `python hub_server.py`; it prints the URL to use as HF_ENDPOINT. Repositories are in
+memory. Large files are redirected to a second port, another origin, as the Hub redirects to its CDN: an Authorization
+header that arrives there is refused, as signed URLs do. `/_test/...` is for the tests: faults to come, requests so far.
 """
 import base64
 import hashlib

@@ -87,6 +87,8 @@ def _add_export(commands) -> None:
     parser.add_argument('--out', required=True, metavar='DIR', help='the folder, named MODEL.TAG; TAG names the data')
     parser.add_argument('--data-dir', default='', metavar='DIR',
                         help='evaluate on these images, in test/<class>/ or val/<class>/ or <class>/')
+    parser.add_argument('--model-kwargs', nargs='*', default={}, action=_ModelKwargs, metavar='KEY=VALUE',
+                        help="arguments in place of those of the training, None for the model's default")
     parser.add_argument('--device', default='', help='where to evaluate (default: cuda if there is one, else cpu)')
     parser.set_defaults(run=_export)
 
@@ -95,7 +97,8 @@ def _export(args: argparse.Namespace) -> int:
     from .export import export
     from .study.runner import resolve_device
 
-    score = export(args.checkpoint, args.out, args.data_dir, resolve_device(args.device) if args.data_dir else None)
+    device = resolve_device(args.device) if args.data_dir else None
+    score = export(args.checkpoint, args.out, args.data_dir, device, args.model_kwargs)
     print(f'{args.out}: ' + (f'top-1 {score.top1:.2f} on {score.images} images' if score else 'not evaluated'))
     return 0
 

@@ -11,6 +11,7 @@ import shlex
 import shutil
 import tempfile
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 
 import timm
@@ -59,7 +60,13 @@ class Score(NamedTuple):
     classes: List[str]
 
 
-def export(checkpoint: str, out: str, data_dir: str = '', device: Optional[torch.device] = None) -> Optional[Score]:
+def export(
+        checkpoint: str,
+        out: str,
+        data_dir: str = '',
+        device: Optional[torch.device] = None,
+        model_kwargs: Optional[Dict[str, Any]] = None,
+) -> Optional[Score]:
     """Write the folder of a checkpoint.
 
     Args:
@@ -67,6 +74,8 @@ def export(checkpoint: str, out: str, data_dir: str = '', device: Optional[torch
         out: The folder, named <model>.<tag>; the tag names the data.
         data_dir: Images to evaluate on, in <class>/ or test/<class>/ or val/<class>/.
         device: Where to evaluate.
+        model_kwargs: Arguments to use in place of those of the training, None for the model's default; the card names
+            them.
 
     Returns:
         What was measured.
@@ -75,17 +84,20 @@ def export(checkpoint: str, out: str, data_dir: str = '', device: Optional[torch
         StudyError: If the checkpoint or the images cannot be read, or the folder cannot be written.
     """
     source = read_checkpoint(checkpoint)
+    changed = {key: value for key, value in (model_kwargs or {}).items() if source.kwargs.get(key) != value}
+    if changed:
+        trained = plain([f'{key}={source.kwargs.get(key)}' for key in changed])
+        now = plain([f'{key}={value}' for key, value in changed.items()])
+        kwargs = {key: value for key, value in {**source.kwargs, **changed}.items() if value is not None}
+        source = source._replace(kwargs=kwargs, facts=[
+            *source.facts, ('Changed since training', f'{trained} in training, {now} in this model and its result')])
     folder = Path(out).resolve()
     strangers = sorted(p.name for p in folder.iterdir() if p.name not in FILES) if folder.is_dir() else []
     if strangers:
         raise StudyError(f'{out} holds other files ({", ".join(strangers[:3])}); choose a folder of its own.')
     model = build(source, checkpoint)
+    model.pretrained_cfg['tag'] = folder.name.partition('.')[2] or None
     score = evaluate(model, data_dir, device) if data_dir else None
-    config = dict(architecture=model.pretrained_cfg['architecture'], tag=folder.name.partition('.')[2] or None)
-    # older versions of timm write this as it stands, newer ones complete it
-    model.pretrained_cfg.update(
-        **config, **source.data_config, num_classes=model.num_classes,
-        input_size=(getattr(model, 'in_chans', 3), *getattr(model, 'img_size', model.pretrained_cfg['input_size'][1:])))
     card = format_card(folder.name, model, source, score)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -128,9 +140,9 @@ def read_checkpoint(path: str) -> Checkpoint:
 
 def read_study(path: str, weights: Dict[str, torch.Tensor]) -> Checkpoint:
     """The run of a study whose weights these are; its result is in results.jsonl, beside or above them."""
-    result, settings = find_result(Path(path))
+    result, others, settings = find_result(Path(path))
     model, kwargs = result['model'], result['kwargs']
-    first, first_kwargs = settings.get('first', (model, kwargs))
+    first, _ = settings.get('first', (model, kwargs))
     options = {key: value for key, value in settings.items() if key != 'first'}
     words = ['timm-sot', 'study', '--models', *dict.fromkeys((first, model))]
     if kwargs:
@@ -139,11 +151,14 @@ def read_study(path: str, weights: Dict[str, torch.Tensor]) -> Checkpoint:
     for key, value in options.items():
         words += ['--' + key.replace('_', '-'), *map(str, value if isinstance(value, (list, tuple)) else [value])]
     name = result['data'].split()[0]
+    spread = [(f'Same over {len(others)} seeds', f'{fmean(others):.2f} ± {stdev(others):.2f} after the last epoch')] \
+        if len(others) > 1 else []
     facts = [
         ('Epochs', result['epochs']),
         ('Seed', result['seed']),
         ('Data', result['data']),
-        ('Top-1 of each epoch on the images of the study', f'last {result["final"]:.2f}, best {result["best"]:.2f}'),
+        ('Top-1 during training', f'{result["final"]:.2f} after the last epoch, {result["best"]:.2f} after the best'),
+        *spread,
         ('Device', result['device']),
         ('Training time', f'{result["seconds"]:.0f} s'),
         ('Versions', ', '.join(f'{key} {value}' for key, value in result['versions'].items())),
@@ -153,26 +168,30 @@ def read_study(path: str, weights: Dict[str, torch.Tensor]) -> Checkpoint:
     command = ' '.join(map(shlex.quote, words)) + ('' if name == 'digits' else ' --data-dir DIR')
     return Checkpoint(
         model, kwargs, weights, name, [(key, plain(value)) for key, value in facts], command,
-        [f'One run of {result["epochs"]} epochs with one seed: differences of a point between such runs are chance. '
-         f'These are the weights of its last epoch.'])
+        [f'One run of {result["epochs"]} epochs with one seed, its last epoch; another seed gives another number.'])
 
 
-def find_result(path: Path) -> Tuple[Dict[str, Any], Dict[str, Any]]:
-    """The result of the run whose weights are at `path`, and the settings of its study where they are kept."""
-    for source in (path.with_suffix('.json'), path.parent / 'results.jsonl', path.parent.parent / 'results.jsonl'):
-        if not source.is_file():
+def find_result(path: Path) -> Tuple[Dict[str, Any], List[float], Dict[str, Any]]:
+    """The result of the run whose weights are at `path`, those of the same run for all seeds, the study's settings."""
+    for folder in (path.parent, path.parent.parent):
+        if not (folder / 'results.jsonl').is_file():
             continue
-        for line in source.read_text().splitlines():
+        runs = {}
+        for line in (folder / 'results.jsonl').read_text().splitlines():
             try:
                 result = json.loads(line)
-                row = ' '.join([result['model'], *(f'{key}={value}' for key, value in sorted(result['kwargs'].items()))])
+                kwargs = sorted(result['kwargs'].items())
+                row = ' '.join([result['model'], *(f'{key}={value}' for key, value in kwargs)])
+                name = f'{row} seed {result["seed"]} epochs {result["epochs"]}'
             except (ValueError, TypeError, KeyError, AttributeError):
                 continue  # of a run that was cut off
-            # a study names its files so
-            name = re.sub(r'[^\w.]+', '-', f'{row} seed {result["seed"]} epochs {result["epochs"]}')
-            if name == path.stem or source.suffix == '.json':
-                settings = source.parent / 'study.json'
-                return result, json.loads(settings.read_text()) if settings.is_file() else {}
+            runs[re.sub(r'[^\w.]+', '-', name)] = row, result  # a study names its files so
+        if path.stem in runs:
+            row, result = runs[path.stem]
+            others = [other['final'] for other_row, other in runs.values()
+                      if (other_row, other['epochs'], other['data']) == (row, result['epochs'], result['data'])]
+            settings = folder / 'study.json'
+            return result, others, json.loads(settings.read_text()) if settings.is_file() else {}
     raise StudyError(f'there is no result of {path.stem} in a results.jsonl beside {path} or above its folder; export '
                      f'takes the weights of a study from the folder that the study wrote.')
 
@@ -232,6 +251,10 @@ def build(source: Checkpoint, path: str) -> nn.Module:
     bad = [name for name, value in model.state_dict().items() if not value.isfinite().all()]
     if bad:
         raise StudyError(f'{path} holds values that are not finite, in {bad[0]}; its training diverged.')
+    # what the images must be; newer versions of timm see to the sizes themselves when they save
+    cfg = model.pretrained_cfg
+    cfg.update(source.data_config, num_classes=model.num_classes, input_size=(
+        getattr(model, 'in_chans', cfg['input_size'][0]), *getattr(model, 'img_size', cfg['input_size'][1:])))
     return model.float().eval()
 
 
@@ -293,7 +316,7 @@ def format_card(name: str, model: nn.Module, source: Checkpoint, score: Optional
     arguments = ' '.join(f'{key}={value}' for key, value in source.kwargs.items())
     measured = (
         f'Top-1 **{score.top1:.2f} %** on the {score.images:,} images of `{score.split}/` (SHA-256 of their names and '
-        f'bytes: {score.digest}), in float32, by `timm-sot export`, which makes the calls of timm\'s validate.py.'
+        f'bytes: {score.digest}),\nin float32, by `timm-sot export`, which makes the calls of timm\'s validate.py.'
         if score else 'Not evaluated when it was exported.')
     limits = [
         *source.limits,
@@ -309,7 +332,8 @@ def format_card(name: str, model: nn.Module, source: Checkpoint, score: Optional
 ---
 # Model card for {name}
 
-{kind}, trained on {data} with timm-sot, which adds Self-Optimal-Transport attention and these models to [timm](https://github.com/huggingface/pytorch-image-models).
+{kind}, trained on {data} with timm-sot, which adds
+Self-Optimal-Transport attention and these models to [timm](https://github.com/huggingface/pytorch-image-models).
 
 - Architecture: `{cfg["architecture"]}`{f" with {arguments}" if arguments else ""}
 - Parameters: {parameters:,}

@@ -61,7 +61,7 @@ def explain(error: Exception, cfg: Dict[str, Any]) -> None:
         source = f'{cfg["hf_hub_id"]} on the Hub'
         advice = f'config.json and weights of the repository must go together, hf-hub:{repo_id}@REVISION has older ones'
     elif cfg.get('source') == 'local-dir':
-        source, advice = f'folder {cfg["file"]}', 'its config.json and weights must go together, export or copy it again'
+        source, advice = f'folder {cfg["file"]}', 'its config.json and weights must go together, export or copy it anew'
     elif Path(cfg['file']).parent.parent == hub_folder():
         source, advice = f'file {cfg["file"]} of timm-sot', 'install timm-sot again'
     else:
