@@ -48,7 +48,8 @@ def explained(variant: str, pretrained: bool, kwargs: Dict[str, Any]) -> Iterato
         yield
     except Exception as e:
         check_download(hub_id, kwargs.get('cache_dir'), e)  # changed bytes can show themselves as any error
-        if from_repo or (pretrained and cfg.get('file') and not isinstance(e, (TypeError, ValueError))):
+        from_file = pretrained and cfg.get('file') and not cfg.get('state_dict')
+        if from_repo or (from_file and not isinstance(e, (TypeError, ValueError))):  # the caller's arguments
             explain(e, cfg)
         raise
     check_download(hub_id, kwargs.get('cache_dir'))
