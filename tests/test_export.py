@@ -112,7 +112,7 @@ def test_train_py(tmp_path, digits_dir, ema):
     assert loaded.img_size == (48, 48) and loaded.blocks[0].attn.reg == 0.7
     assert torch.equal(logits(loaded), logits(network))
     data_config = timm.data.resolve_model_data_config(loaded)
-    assert data_config['input_size'] == (3, 48, 48) and tuple(data_config['mean']) == (0.5, 0.5, 0.5)
+    assert tuple(data_config['input_size']) == (3, 48, 48) and tuple(data_config['mean']) == (0.5, 0.5, 0.5)
     text = (out / 'README.md').read_text()
     for recorded in ('| Epochs | 7 of 30 |', '| Seed | 42 |', '| Validation during training | 12.5 |', 'lr: 0.0005',
                      'averaged (EMA)' if ema else 'as trained', 'model_kwargs: {"attn": "sot_q"', '200 images of'):

@@ -39,7 +39,7 @@ except ImportError:  # an older timm, which keeps no record of a model's input s
     update_model_input_size = None
 
 from .attention import SOTAttention
-from .weights import explained, packaged_weights
+from .weights import explained, packaged_weights, with_readable_folder
 
 __all__ = ['CCT']  # register_model adds each entry point to this
 
@@ -666,7 +666,7 @@ def _create_cct(variant: str, pretrained: bool = False, **kwargs) -> CCT:
             pretrained,
             pretrained_filter_fn=checkpoint_filter_fn,
             feature_cfg=dict(out_indices=out_indices, feature_cls='getter'),
-            **kwargs,
+            **with_readable_folder(kwargs),
         )
 
 

@@ -288,6 +288,7 @@ def evaluate(model: nn.Module, data_dir: str, device: Optional[torch.device] = N
         mean=config['mean'],
         std=config['std'],
         num_workers=0,
+        persistent_workers=False,  # older versions of timm ask for them even where there are no workers
         crop_pct=config['crop_pct'],
         crop_mode=config['crop_mode'],
         device=device,

@@ -10,10 +10,11 @@ import re
 from pathlib import Path
 from typing import Any, Dict, Iterator, Optional
 
+import timm
 from safetensors import SafetensorError
 from timm.models import resolve_pretrained_cfg
 
-__all__ = ['explained', 'packaged_weights']
+__all__ = ['explained', 'packaged_weights', 'with_readable_folder']
 
 WEIGHTS_FILE = 'model.safetensors'
 
@@ -27,6 +28,19 @@ def hub_folder() -> Path:
     """The folder of packaged weights: in the wheel a part of the package, else beside it, in the repository."""
     package = Path(__file__).resolve().parent
     return package / 'hub' if (package / 'hub').is_dir() else package.parent / 'hub'
+
+
+def with_readable_folder(kwargs: Dict[str, Any]) -> Dict[str, Any]:
+    """Arguments for timm, in which the file takes the place of a `local-dir:` folder that timm would unpickle.
+
+    timm read folders of safetensors as pickles, in vain, up to some version before 1.0.26.
+    """
+    cfg = kwargs.get('pretrained_cfg')
+    if tuple(map(int, re.findall(r'\d+', timm.__version__)[:3])) >= (1, 0, 26):
+        return kwargs
+    if isinstance(cfg, dict) and cfg.get('source') == 'local-dir' and (Path(cfg['file']) / WEIGHTS_FILE).is_file():
+        return {**kwargs, 'pretrained_cfg': {**cfg, 'source': None, 'file': str(Path(cfg['file']) / WEIGHTS_FILE)}}
+    return kwargs
 
 
 @contextlib.contextmanager
