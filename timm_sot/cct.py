@@ -40,6 +40,7 @@ except ImportError:  # an older timm, which keeps no record of a model's input s
     update_model_input_size = None
 
 from .attention import SOTAttention
+from .weights import explained, packaged_weights, with_readable_folder
 
 __all__ = ['CCT']  # register_model adds each entry point to this
 
@@ -621,7 +622,23 @@ def checkpoint_filter_fn(state_dict: Dict[str, torch.Tensor], model: CCT) -> Dic
         if old_size != model.grid_size:
             _logger.info(f'Resized position embedding: {old_size} to {model.grid_size}.')
         out['pos_embed'] = resize_pos_embed(pos_embed, list(old_size), list(model.grid_size), False)
+    check_names(out, model)
     return out
+
+
+def check_names(state_dict: Dict[str, torch.Tensor], model: CCT) -> None:
+    """Raise RuntimeError unless a checkpoint has the parameters of the model, other than those of an adapted model.
+
+    timm asks for the names itself, but not where the number of classes differs: what is missing would stay random.
+    """
+    adapted = ('head.', 'attn_pool.', 'pos_embed')
+    given, expected = (
+        {name for name in names if not name.startswith(adapted)} for names in (state_dict, model.state_dict()))
+    problems = [
+        f'{problem} {len(names)} parameters ({", ".join(sorted(names)[:3])}{", ..." if len(names) > 3 else ""})'
+        for problem, names in (('lacks', expected - given), ('has, unlike the model,', given - expected)) if names]
+    if problems:
+        raise RuntimeError(f'the checkpoint {" and ".join(problems)}')
 
 
 def checkpoint_grid_size(num_tokens: int, model: CCT) -> Tuple[int, int]:
@@ -656,14 +673,15 @@ def checkpoint_grid_size(num_tokens: int, model: CCT) -> Tuple[int, int]:
 
 def _create_cct(variant: str, pretrained: bool = False, **kwargs) -> CCT:
     out_indices = kwargs.pop('out_indices', 3)
-    return build_model_with_cfg(
-        CCT,
-        variant,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg=dict(out_indices=out_indices, feature_cls='getter'),
-        **kwargs,
-    )
+    with explained(variant, pretrained, kwargs):
+        return build_model_with_cfg(
+            CCT,
+            variant,
+            pretrained,
+            pretrained_filter_fn=checkpoint_filter_fn,
+            feature_cfg=dict(out_indices=out_indices, feature_cls='getter'),
+            **with_readable_folder(kwargs),
+        )
 
 
 def _cfg(url: str = '', **kwargs) -> Dict:
@@ -679,17 +697,17 @@ def _cfg(url: str = '', **kwargs) -> Dict:
 
 
 default_cfgs = generate_default_cfgs({
-    'cct_2': _cfg(),
+    'cct_2.cifar10': _cfg(file=packaged_weights('cct_2.cifar10')),
     'cct_4': _cfg(),
     'cct_6': _cfg(),
     'cct_7': _cfg(),
     'cct_14': _cfg(
         num_classes=1000, input_size=(3, 224, 224), mean=IMAGENET_DEFAULT_MEAN, std=IMAGENET_DEFAULT_STD),
-    'cct_2_sot_q': _cfg(),
-    'cct_2_sot_q_nosoftmax': _cfg(),
-    'cct_2_sot_qk': _cfg(),
-    'cct_2_sot_qk_nosoftmax': _cfg(),
-    'cct_2_sot_qkt': _cfg(),
+    'cct_2_sot_q.cifar10': _cfg(file=packaged_weights('cct_2_sot_q.cifar10')),
+    'cct_2_sot_q_nosoftmax.cifar10': _cfg(file=packaged_weights('cct_2_sot_q_nosoftmax.cifar10')),
+    'cct_2_sot_qk.cifar10': _cfg(file=packaged_weights('cct_2_sot_qk.cifar10')),
+    'cct_2_sot_qk_nosoftmax.cifar10': _cfg(file=packaged_weights('cct_2_sot_qk_nosoftmax.cifar10')),
+    'cct_2_sot_qkt.cifar10': _cfg(file=packaged_weights('cct_2_sot_qkt.cifar10')),
 })
 
 # the original's rates

@@ -239,12 +239,39 @@ def _images(args):
     return [(name, load_image(image) if args.image else image) for name, image in found]
 
 
+def _add_export(commands) -> None:
+    parser = commands.add_parser(
+        'export', help='make a folder that timm and the Hub read',
+        description='Write config.json, model.safetensors and README.md (a model card) from a checkpoint and what it '
+                    'recorded.')
+    parser.add_argument('checkpoint', metavar='CHECKPOINT',
+                        help="of timm's train.py (model_best.pth.tar) or of a study (checkpoints/NAME.safetensors)")
+    parser.add_argument('--out', required=True, metavar='DIR', help='the folder, named MODEL.TAG; TAG names the data')
+    parser.add_argument('--data-dir', default='', metavar='DIR',
+                        help='evaluate on these images, in test/<class>/ or val/<class>/ or <class>/')
+    parser.add_argument('--model-kwargs', nargs='*', default={}, action=_ModelKwargs, metavar='KEY=VALUE',
+                        help="arguments in place of those of the training, None for the model's default")
+    parser.add_argument('--device', default='', help='where to evaluate (default: cuda if there is one, else cpu)')
+    parser.set_defaults(run=_export)
+
+
+def _export(args: argparse.Namespace) -> int:
+    from .export import export
+    from .study.runner import resolve_device
+
+    device = resolve_device(args.device) if args.data_dir else None
+    score = export(args.checkpoint, args.out, args.data_dir, device, args.model_kwargs)
+    print(f'{args.out}: ' + (f'top-1 {score.top1:.2f} on {score.images} images' if score else 'not evaluated'))
+    return 0
+
+
 def main(argv: Optional[List[str]] = None) -> int:
     """Run the command line; returns the exit code: 0, 2 for an error of the user's, 130 when interrupted."""
     parser = _Parser(prog='timm-sot', description='Self-Optimal-Transport attention for timm')
     commands = parser.add_subparsers(title='commands', dest='command', required=True, metavar='COMMAND')
     _add_study(commands)
     _add_attention(commands)
+    _add_export(commands)
     try:
         args = parser.parse_args(argv)
         return args.run(args)

@@ -1,0 +1,192 @@
+"""Weights in the package and in folders."""
+import json
+import os
+import re
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from huggingface_hub import ModelCard
+from safetensors.torch import load_file, save_file
+
+from timm_sot.export import evaluate
+from timm_sot.weights import packaged_weights
+
+ROOT = Path(__file__).parents[1]
+HUB = ROOT / 'hub'
+MODELS = sorted(path.name for path in HUB.iterdir())
+NAME = 'cct_2_sot_qk.cifar10'
+
+
+def logits(model):
+    torch.manual_seed(0)
+    with torch.no_grad():
+        return model.eval()(torch.randn(2, model.in_chans, *model.img_size))
+
+
+def test_every_small_model_has_weights():
+    assert timm.list_models('cct*', pretrained=True) == MODELS
+    assert [name.partition('.')[0] for name in MODELS] == timm.list_models('cct_2*')
+    for name in timm.list_models('cct*'):
+        cfg = timm.get_pretrained_cfg(name)
+        # a default that names an account of somebody else would let them choose the weights
+        assert not cfg.hf_hub_id and not cfg.url
+        expected = ('cifar10', packaged_weights(f'{name}.cifar10')) if cfg.has_weights else (None, None)
+        assert (cfg.tag, cfg.file) == expected
+
+
+@pytest.mark.parametrize('name', MODELS)
+def test_package_and_folder(name):
+    assert sorted(path.name for path in (HUB / name).iterdir()) == ['README.md', 'config.json', 'model.safetensors']
+    weights = load_file(HUB / name / 'model.safetensors')
+    assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
+    assert 1e6 < (HUB / name / 'model.safetensors').stat().st_size < 1.3e6
+    expected = logits(timm.create_model(f'local-dir:{HUB / name}', pretrained=True))
+    for source in (name, name.partition('.')[0]):
+        assert torch.equal(logits(timm.create_model(source, pretrained=True)), expected)
+    assert not torch.equal(logits(timm.create_model(name)), expected)
+    config = json.loads((HUB / name / 'config.json').read_text())
+    # the default tag has no arguments: the folder's must be the entry point's own
+    torch.testing.assert_close(
+        logits(timm.create_model(name, pretrained=True, **config['model_args'])), expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize('source', [NAME, f'local-dir:{HUB / NAME}'], ids=['package', 'folder'])
+def test_adapts_as_timm_does(source):
+    plain = timm.create_model(source, pretrained=True).state_dict()
+    other = timm.create_model(source, pretrained=True, num_classes=3, in_chans=1, img_size=(48, 64))
+    assert logits(other).shape == (2, 3) and other.pos_embed.shape[1] == 12 * 16
+    assert torch.equal(other.state_dict()['blocks.1.mlp.fc1.weight'], plain['blocks.1.mlp.fc1.weight'])
+    summed = plain['tokenizer.stages.0.conv.weight'].sum(1, keepdim=True)
+    torch.testing.assert_close(other.state_dict()['tokenizer.stages.0.conv.weight'], summed)
+    features = timm.create_model(source, pretrained=True, features_only=True)
+    assert [f.shape[1] for f in features(torch.randn(1, 3, 32, 32))] == [128, 128, 128]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A copy that may be spoilt."""
+    for path in (HUB / NAME).iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    return tmp_path
+
+
+def change(folder, function):
+    weights = load_file(folder / 'model.safetensors')
+    function(weights)
+    save_file(weights, folder / 'model.safetensors')
+
+
+SPOILT = {
+    'truncated': (lambda f: os.truncate(f / 'model.safetensors', 700000), 'damaged or cut off'),
+    'shape': (lambda f: change(f, lambda w: w.update({'norm.bias': torch.zeros(64)})), 'size mismatch for norm.bias'),
+    'extra': (lambda f: change(f, lambda w: w.update({'more': torch.zeros(1)})), r'unlike the model, 1 .*\(more\)'),
+    'missing': (lambda f: change(f, lambda w: w.pop('norm.bias')), r'lacks 1 parameters \(norm.bias\)'),
+}
+
+
+@pytest.mark.parametrize('kind', SPOILT)
+def test_spoilt_folder_or_file(folder, kind):
+    spoil, message = SPOILT[kind]
+    spoil(folder)
+    with pytest.raises(Exception, match=rf'(?s)^folder {folder}: .*{message}.*; .* export or copy it anew'):
+        timm.create_model(f'local-dir:{folder}', pretrained=True)
+    overlay = dict(file=str(folder / 'model.safetensors'))
+    with pytest.raises(Exception, match=rf'(?s)^file {folder}/model.safetensors: .*{message}'):
+        timm.create_model('cct_2_sot_qk', pretrained=True, pretrained_cfg_overlay=overlay)
+
+
+def test_absent_files(folder, monkeypatch):
+    with pytest.raises(FileNotFoundError, match=f'{folder}/none.safetensors: there is no such file'):
+        timm.create_model('cct_2', pretrained=True, pretrained_cfg_overlay=dict(file=f'{folder}/none.safetensors'))
+    (folder / 'model.safetensors').unlink()
+    with pytest.raises(RuntimeError, match=f'folder {folder}: No suitable checkpoints'):
+        timm.create_model(f'local-dir:{folder}', pretrained=True)
+    absent = dict(file=packaged_weights('cct_2.none'))
+    with pytest.raises(FileNotFoundError, match='of timm-sot: there is no such file; install timm-sot again'):
+        timm.create_model('cct_2', pretrained=True, pretrained_cfg_overlay=absent)
+
+
+def test_errors_of_the_users_own_are_left_alone():
+    with pytest.raises(TypeError) as error:
+        timm.create_model('cct_2', pretrained=True, sot_rag=1)
+    assert 'timm-sot' not in str(error.value) and 'sot_rag' in str(error.value)
+    with pytest.raises(ValueError) as error:
+        timm.create_model('cct_2', pretrained=True, attn='sot_x')
+    assert 'cifar10' not in str(error.value)
+
+
+def test_original_checkpoint_is_still_a_file(folder):
+    """A pickle of plain weights, through timm's weights-only loading."""
+    weights = load_file(HUB / NAME / 'model.safetensors')
+    torch.save({'state_dict': weights}, folder / 'w.pth')
+    model = timm.create_model('cct_2_sot_qk', pretrained=True, pretrained_cfg_overlay=dict(file=str(folder / 'w.pth')))
+    assert torch.equal(logits(model), logits(timm.create_model(NAME, pretrained=True)))
+
+
+WHEEL = '''
+import json, socket, sys
+def connect(*args):
+    raise OSError('the network is off')
+socket.socket.connect = socket.socket.connect_ex = connect
+import timm, torch
+torch.set_num_threads(int(sys.argv[1]))
+answer = {'package': sys.modules['timm_sot.cct'].__file__}
+for name in timm.list_models('cct*', pretrained=True):
+    model = timm.create_model(name, pretrained=True).eval()
+    torch.manual_seed(0)
+    with torch.no_grad():
+        answer[name] = model(torch.randn(2, 3, 32, 32)).tolist()
+print(json.dumps(answer))
+'''
+
+
+def test_wheel(tmp_path):
+    """Built, installed in an environment of its own, without the repository or the network."""
+    pytest.importorskip('hatchling', reason='building a wheel takes hatchling')
+    subprocess.run(
+        [sys.executable, '-m', 'hatchling', 'build', '-t', 'wheel', '-d', str(tmp_path)], cwd=ROOT, check=True,
+        capture_output=True)
+    wheel, = tmp_path.glob('*.whl')
+    venv.create(tmp_path / 'venv', symlinks=True)
+    python = tmp_path / 'venv' / 'bin' / 'python'
+    site = Path(subprocess.check_output(
+        [python, '-c', 'import sysconfig; print(sysconfig.get_path("purelib"))'], text=True).strip())
+    subprocess.run(
+        [sys.executable, '-m', 'pip', '--python', str(python), 'install', '--quiet', '--no-deps', '--no-index',
+         '--disable-pip-version-check', str(wheel)], check=True)
+    # torch and timm, as a folder: the .pth files in it, of editable installs, are not followed
+    (site / 'others.pth').write_text(''.join(f'{path}\n' for path in sys.path if path.endswith('site-packages')))
+    result = subprocess.run(
+        [python, '-I', '-c', WHEEL, str(torch.get_num_threads())], cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    answer = json.loads(result.stdout)
+    assert answer.pop('package') == str(site / 'timm_sot' / 'cct.py')
+    assert sorted(answer) == MODELS
+    for name, values in answer.items():
+        assert torch.equal(torch.tensor(values), logits(timm.create_model(f'local-dir:{HUB / name}', pretrained=True)))
+
+
+def card(name):
+    return ModelCard.load(HUB / name / 'README.md')
+
+
+@pytest.mark.parametrize('name', MODELS)
+def test_card(name):
+    result, = card(name).data.eval_results
+    assert f'| `{name}` | {result.metric_value:.2f} % |' in (ROOT / 'README.md').read_text()
+    assert f'on the 10,000 images of `{result.dataset_split}/`' in card(name).text
+    epochs, = re.findall(r'\| Epochs \| (\d+) \|', card(name).text)
+    assert int(epochs) == 30 and result.metric_value > 70
+
+
+@pytest.mark.skipif('CIFAR10_DIR' not in os.environ, reason='set CIFAR10_DIR to the images of the cards')
+@pytest.mark.parametrize('name', MODELS)
+def test_top1_is_that_of_the_card(name):
+    result, = card(name).data.eval_results
+    score = evaluate(timm.create_model(name, pretrained=True), os.environ['CIFAR10_DIR'])
+    assert (score.top1, score.images) == (result.metric_value, 10000)

@@ -1,0 +1,139 @@
+""" Where pretrained weights come from, and what to do when they do not load
+
+The errors of timm and its libraries often name neither the repository nor the file. Those that pass through the entry
+points of our models are told here where the weights came from and what would work; their type stays what it is.
+"""
+import contextlib
+import hashlib
+import os
+import re
+from pathlib import Path
+from typing import Any, Dict, Iterator, Optional
+
+import timm
+from safetensors import SafetensorError
+from timm.models import resolve_pretrained_cfg
+
+__all__ = ['explained', 'packaged_weights', 'with_readable_folder']
+
+WEIGHTS_FILE = 'model.safetensors'
+
+
+def packaged_weights(name: str) -> str:
+    """Path of the weights that ship with this package as `name`, a model and its tag."""
+    return str(hub_folder() / name / WEIGHTS_FILE)
+
+
+def hub_folder() -> Path:
+    """The folder of packaged weights: in the wheel a part of the package, else beside it, in the repository."""
+    package = Path(__file__).resolve().parent
+    return package / 'hub' if (package / 'hub').is_dir() else package.parent / 'hub'
+
+
+def with_readable_folder(kwargs: Dict[str, Any]) -> Dict[str, Any]:
+    """Arguments for timm, in which the file takes the place of a `local-dir:` folder that timm would unpickle.
+
+    timm read folders of safetensors as pickles, in vain, up to some version before 1.0.26.
+    """
+    cfg = kwargs.get('pretrained_cfg')
+    if tuple(map(int, re.findall(r'\d+', timm.__version__)[:3])) >= (1, 0, 26):
+        return kwargs
+    if isinstance(cfg, dict) and cfg.get('source') == 'local-dir' and (Path(cfg['file']) / WEIGHTS_FILE).is_file():
+        return {**kwargs, 'pretrained_cfg': {**cfg, 'source': None, 'file': str(Path(cfg['file']) / WEIGHTS_FILE)}}
+    return kwargs
+
+
+@contextlib.contextmanager
+def explained(variant: str, pretrained: bool, kwargs: Dict[str, Any]) -> Iterator[None]:
+    """Add the source of the weights, and the way out, to the errors of building a model.
+
+    Args:
+        variant: Name of the entry point.
+        pretrained: Whether weights are loaded; if not, arguments that came with them may still be wrong.
+        kwargs: What the entry point passes on to timm.
+    """
+    cfg = kwargs.get('pretrained_cfg')
+    if not isinstance(cfg, dict):  # a dict may hold what timm does not take, which is then timm's error
+        cfg = resolve_pretrained_cfg(variant, cfg).to_dict()
+    cfg = {**cfg, **(kwargs.get('pretrained_cfg_overlay') or {})}
+    from_repo = cfg.get('source') in ('hf-hub', 'local-dir')  # with arguments of the model
+    hub_id = cfg['hf_hub_id'] if pretrained and cfg.get('source') == 'hf-hub' else ''
+    try:
+        yield
+    except Exception as e:
+        check_download(hub_id, kwargs.get('cache_dir'), e)  # changed bytes can show themselves as any error
+        from_file = pretrained and cfg.get('file') and not cfg.get('state_dict')
+        if from_repo or (from_file and not isinstance(e, (TypeError, ValueError))):  # the caller's arguments
+            explain(e, cfg)
+        raise
+    check_download(hub_id, kwargs.get('cache_dir'))
+
+
+def explain(error: Exception, cfg: Dict[str, Any]) -> None:
+    """Put the source of the weights, and what would work, into the message of an error."""
+    if cfg.get('source') == 'hf-hub':
+        repo_id = cfg['hf_hub_id'].partition('@')[0]
+        source = f'{cfg["hf_hub_id"]} on the Hub'
+        advice = f'config.json and weights of the repository must go together, hf-hub:{repo_id}@REVISION has older ones'
+    elif cfg.get('source') == 'local-dir':
+        source, advice = f'folder {cfg["file"]}', 'its config.json and weights must go together, export or copy it anew'
+    elif Path(cfg['file']).parent.parent == hub_folder():
+        source, advice = f'file {cfg["file"]} of timm-sot', 'install timm-sot again'
+    else:
+        source, advice = f'file {cfg["file"]}', 'create the model with the arguments that the weights were trained with'
+
+    message = str(error).rstrip('.')
+    if isinstance(error, OSError) and error.errno is not None:
+        if cfg.get('source') == 'hf-hub':
+            advice = 'free space, or choose another cache with cache_dir or HF_HOME'
+        error.strerror = f'{source}: {error.strerror}; {advice}'
+        return
+    if isinstance(error, FileNotFoundError) and not message:
+        message = 'there is no such file'
+    elif isinstance(error, SafetensorError):
+        message = f'{WEIGHTS_FILE} is damaged or cut off ({message})'
+    elif isinstance(error, TypeError):
+        advice = 'an argument that is not yours is of config.json, which may be of another version of timm-sot'
+    elif type(error).__module__.partition('.')[0] in ('huggingface_hub', 'httpx', 'httpx2', 'requests'):
+        message = f'{WEIGHTS_FILE} could not be downloaded ({message})'
+        advice = 'check that it is there and that your token may read it, or try again'
+    error.args = (f'{source}: {message}; {advice}.',)
+
+
+class DamagedDownload(RuntimeError):
+    """A file in the Hub's cache is not the one that the Hub announced."""
+
+
+def check_download(model_id: str, cache_dir: Optional[str], error: Optional[Exception] = None) -> None:
+    """Compare the downloaded weights of a Hub model with their SHA-256, which huggingface_hub does not.
+
+    The cache names a large file by the hash under which the Hub announced it. A file that differs is removed, so that
+    the next try downloads it again.
+
+    Raises:
+        DamagedDownload: If it differs.
+    """
+    if not model_id:
+        return
+    from huggingface_hub import try_to_load_from_cache
+
+    repo_id, _, revision = model_id.partition('@')
+    pointer = try_to_load_from_cache(repo_id, WEIGHTS_FILE, cache_dir=cache_dir, revision=revision or None)
+    if not isinstance(pointer, str):
+        return
+    blob = os.path.realpath(pointer)
+    announced = os.path.basename(blob)
+    if not re.fullmatch('[0-9a-f]{64}', announced):  # no hash, or a cache without links
+        return
+    actual = hashlib.sha256(Path(blob).read_bytes()).hexdigest()
+    if actual == announced:
+        return
+    try:
+        os.remove(pointer)
+        os.remove(blob)
+        advice = 'it has been removed from the cache, try again'
+    except OSError:
+        advice = f'remove {blob} and try again'
+    raise DamagedDownload(
+        f'{model_id} on the Hub: the {WEIGHTS_FILE} that came is not the one that the Hub announced (SHA-256 '
+        f'{actual[:12]}..., announced {announced[:12]}...); {advice}.') from error
