@@ -46,7 +46,8 @@ LARGEST = 2 ** 16
 BATCH = 128
 
 SECONDS, QUICK_SECONDS = 150., 9.  # of timing; warm-up and compilation come on top
-ROUNDS, QUICK_ROUNDS = (3, 50), (3, 5)  # fewest and most of a group
+TIME_LIMIT = 220.  # seconds after which no further group is begun
+ROUNDS, QUICK_ROUNDS = (3, 50), (2, 5)  # fewest and most of a group
 SLOWEST_CALL = 1.5  # seconds: what is predicted to take longer is skipped
 
 
@@ -338,10 +339,11 @@ def time_interleaved(
     """
     results: Dict[str, Dict[str, Any]] = {}
     lanes: List[Lane] = []
-    for name, call, graph, _, skipped in contenders:
+    for contender in contenders:
+        name, call = contender.name, contender.call
         result = results[name] = {}
-        if skipped:
-            result['skipped'] = skipped
+        if contender.skipped:
+            result['skipped'] = contender.skipped
             continue
         try:
             result['first_s'] = clock(call, 1, device) / 1e3
@@ -349,7 +351,7 @@ def time_interleaved(
         except Exception as e:  # whatever it is, the others are still to be timed
             result['error'] = one_line(e)
             continue
-        if device.type == 'cuda' and graph:
+        if device.type == 'cuda' and contender.graph:
             try:
                 replay = captured(call)
                 lanes.append(Lane(name, 'graph', replay, calls_of(replay, device), []))
@@ -373,7 +375,7 @@ def time_interleaved(
 
 
 def calls_of(call: Callable[[], Any], device: torch.device, sample_ms: float = 2.) -> int:
-    """How many calls make a sample: enough for the clock."""
+    """How many calls make a sample long enough for the clock; measured on a call, which warms up as well."""
     return min(100, max(1, math.ceil(sample_ms / max(clock(call, 1, device), 1e-3))))
 
 
@@ -422,9 +424,12 @@ def time_group(
         seconds: float,
         rounds: Tuple[int, int],
         rates: Dict[Tuple[str, ...], float],
+        late: bool = False,
 ) -> List[Dict[str, Any]]:
-    """The rows of a group; what they tell of the time per element is added to `rates`."""
+    """The rows of a group; what they tell of the time per element is added to `rates`. Nothing is timed if `late`."""
     about = {'section': group.section, 'case': group.case, 'phase': group.phase, 'baseline': group.baseline}
+    if late:
+        return [{**about, 'contender': 'all', 'skipped': f'{TIME_LIMIT:.0f} s are over: try --only {group.section}'}]
     try:
         contenders = [
             c if c.skipped else c._replace(skipped=reason_to_skip(c, group, rates, device)) for c in group.build()]
@@ -601,8 +606,9 @@ def run_bench(
     with tqdm(total=len(groups) + ('memory' in sections), unit='group') as bar:
         for group in groups:
             bar.set_description(f'{group.section} {group.case} {group.phase}')
+            late = time.perf_counter() - start > TIME_LIMIT
             add(time_group(
-                group, device, seconds * group.weight / total, QUICK_ROUNDS if quick else ROUNDS, rates))
+                group, device, seconds * group.weight / total, QUICK_ROUNDS if quick else ROUNDS, rates, late))
             release(device)
         if 'memory' in sections:
             bar.set_description('memory')
@@ -793,7 +799,8 @@ def format_tables(report: Dict[str, Any]) -> str:
         names = dict.fromkeys(row['contender'] for row in rows)
         kinds = [kind for kind in ('call', 'graph') if any(kind in row for row in rows)] or ['call']
         table = [[f'{section} {case}', *(
-            head for phase in phases for kind in kinds for head in (f'{phase} {kind}, ms (quartiles)', 'ratio'))]]
+            head for phase in phases for kind in kinds for head in (
+                f'{phase}, ms' if kind == 'call' else 'as graph, ms', 'ratio'))]]
         for name in names:
             line = [name]
             for phase in phases:

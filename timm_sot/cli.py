@@ -108,9 +108,8 @@ def _bench(args: argparse.Namespace) -> int:
         print(bar_table(load_reports(args.markdown), markdown=True))
         return 0
     device = resolve_device(args.device)
-    folder = os.path.dirname(os.path.abspath(args.json))
-    if args.json and not os.access(folder, os.W_OK) or os.path.isdir(args.json):
-        raise StudyError(f'--json: cannot write {args.json}.')
+    if args.json and (os.path.isdir(args.json) or not os.access(os.path.dirname(args.json) or '.', os.W_OK)):
+        raise StudyError(f'--json {args.json} cannot be written.')
     if args.threads:
         torch.set_num_threads(args.threads)
     report = run_bench(
