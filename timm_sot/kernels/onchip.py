@@ -90,18 +90,13 @@ def _costs(
         xx = tl.sum(x.to(tl.float32) * x.to(tl.float32), 1)
         yy = tl.sum(y.to(tl.float32) * y.to(tl.float32), 1)
     if COSINE:
-        costs = 1. - gram * _inverse_norm(xx)[:, None] * _inverse_norm(yy)[None, :]
+        costs = 1. - gram * _inverse(tl.sqrt(xx))[:, None] * _inverse(tl.sqrt(yy))[None, :]
         costs = tl.maximum(costs, 0.)
     else:
         costs = tl.sqrt(tl.maximum(xx[:, None] + yy[None, :] - 2. * gram, 0.))
     if not EVEN:
         costs = tl.where((i < N) & (j < N), costs, 0.)
     return costs, xx, yy
-
-
-@triton.jit
-def _inverse_norm(square):
-    return 1. / tl.maximum(tl.sqrt(square), 1e-12)  # eps of F.normalize
 
 
 @triton.jit
@@ -363,11 +358,10 @@ def _backward_kernel(
 
     # costs = distances: grad_x_i = pull_i x_i - sum_j grad_ij y_j, and the same for y
     if COSINE:
-        inv_x = _inverse_norm(xx)
-        inv_y = _inverse_norm(yy)
-        # below eps the norm is a constant
-        pull_x = tl.where(inv_x < 1e12, inv_x * inv_x * tl.sum(grad * (1. - costs), 1), 0.)
-        pull_y = tl.where(inv_y < 1e12, inv_y * inv_y * tl.sum(grad * (1. - costs), 0), 0.)
+        inv_x = _inverse(tl.sqrt(xx))
+        inv_y = _inverse(tl.sqrt(yy))
+        pull_x = inv_x * inv_x * tl.sum(grad * (1. - costs), 1)
+        pull_y = inv_y * inv_y * tl.sum(grad * (1. - costs), 0)
         grad = grad * inv_x[:, None] * inv_y[None, :]
     else:
         grad = tl.where(costs > 0., grad / tl.where(costs > 0., costs, 1.), 0.)
@@ -404,7 +398,11 @@ def _backward_config(block_n: int, block_d: int, dtype: torch.dtype) -> Dict[str
 
 
 def _block_size(n: int) -> int:
-    return max(16, triton.next_power_of_2(n))  # 16: the tensor cores' smallest
+    """The power of 2 from n on, but 16 at least, the tensor cores' smallest; by comparisons, as n may be symbolic."""
+    block = 16
+    while block < n:
+        block *= 2
+    return block
 
 
 def _specialize(

@@ -31,6 +31,13 @@ BLOCK = 64  # rows and columns of a tile
 
 
 @triton.jit
+def _place(N, BLOCK: tl.constexpr):
+    """The problem of this program, and the first row or column of its block."""
+    blocks = tl.cdiv(N, BLOCK)
+    return tl.program_id(0) // blocks, tl.program_id(0) % blocks * BLOCK
+
+
+@triton.jit
 def _load(ptr, n, stride_n, stride_d, N, D, BLOCK_D: tl.constexpr):
     """Rows n of an (N, D) matrix, padded with zeros."""
     d = tl.arange(0, BLOCK_D)
@@ -57,16 +64,11 @@ def _inverse(x):
 
 
 @triton.jit
-def _inverse_norm(square):
-    return 1. / tl.maximum(tl.sqrt(square), 1e-12)  # eps of F.normalize
-
-
-@triton.jit
 def _costs(x, y, xx, yy, COSINE: tl.constexpr, PRECISION: tl.constexpr):
     """Distances of the rows of x and y with squared norms xx and yy."""
     gram = tl.dot(x, tl.trans(y), input_precision=PRECISION)
     if COSINE:
-        return tl.maximum(1. - gram * _inverse_norm(xx)[:, None] * _inverse_norm(yy)[None, :], 0.)
+        return tl.maximum(1. - gram * _inverse(tl.sqrt(xx))[:, None] * _inverse(tl.sqrt(yy))[None, :], 0.)
     else:
         return tl.sqrt(tl.maximum(xx[:, None] + yy[None, :] - 2. * gram, 0.))
 
@@ -152,8 +154,8 @@ def _norms_kernel(
         BLOCK_D: tl.constexpr,
 ):
     """Squared norms of rows, by the product that gives the distances: equal rows then are at distance 0."""
-    problem = tl.program_id(1)
-    n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    problem, own_start = _place(N, BLOCK)
+    n = own_start + tl.arange(0, BLOCK)
     x_ptr += (problem // H).to(tl.int64) * stride_b + (problem % H).to(tl.int64) * stride_h
     x = _load(x_ptr, n, stride_n, stride_d, N, D, BLOCK_D)
     gram = tl.dot(x, tl.trans(x), input_precision=PRECISION)
@@ -174,11 +176,11 @@ def _row_max_kernel(
         BLOCK_D: tl.constexpr,
 ):
     """Largest entry of each row and its column: of the costs, or of log-kernel + v."""
-    problem = tl.program_id(1)
+    problem, own_start = _place(N, BLOCK)
     x_ptr += (problem // H).to(tl.int64) * stride_xb + (problem % H).to(tl.int64) * stride_xh
     y_ptr += (problem // H).to(tl.int64) * stride_yb + (problem % H).to(tl.int64) * stride_yh
     vectors = problem.to(tl.int64) * N
-    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    i = own_start + tl.arange(0, BLOCK)
     x = _load(x_ptr, i, stride_xn, 1, N, D, BLOCK_D)
     xx = _vector(xx_ptr + vectors, i, N)
     if PLAN:
@@ -214,11 +216,11 @@ def _logsumexp_kernel(
         BLOCK_D: tl.constexpr,
 ):
     """A half-iteration: the potential of the rows from that of the columns (AXIS = 1), or the reverse."""
-    problem = tl.program_id(1)
+    problem, own_start = _place(N, BLOCK)
     x_ptr += (problem // H).to(tl.int64) * stride_xb + (problem % H).to(tl.int64) * stride_xh
     y_ptr += (problem // H).to(tl.int64) * stride_yb + (problem % H).to(tl.int64) * stride_yh
     vectors = problem.to(tl.int64) * N
-    own = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    own = own_start + tl.arange(0, BLOCK)
     i = own
     j = own
     if AXIS == 1:
@@ -265,14 +267,14 @@ def _output_kernel(
         BLOCK: tl.constexpr,
         BLOCK_D: tl.constexpr,
 ):
-    problem = tl.program_id(1)
+    problem, own_start = _place(N, BLOCK)
     batch = (problem // H).to(tl.int64)
     head = (problem % H).to(tl.int64)
     x_ptr += batch * stride_xb + head * stride_xh
     y_ptr += batch * stride_yb + head * stride_yh
     value_ptr += batch * stride_vb + head * stride_vh
     vectors = problem.to(tl.int64) * N
-    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    i = own_start + tl.arange(0, BLOCK)
     x = _load(x_ptr, i, stride_xn, 1, N, D, BLOCK_D)
     xx = _vector(xx_ptr + vectors, i, N)
     row_max = _vector(row_max_ptr + vectors, i, N)
@@ -313,7 +315,7 @@ def _softmax_sums_kernel(
         BLOCK_D: tl.constexpr,
 ):
     """For each row 1 / the softmax's denominator, and the sum of weights times their gradients."""
-    problem = tl.program_id(1)
+    problem, own_start = _place(N, BLOCK)
     batch = (problem // H).to(tl.int64)
     head = (problem % H).to(tl.int64)
     x_ptr += batch * stride_xb + head * stride_xh
@@ -321,7 +323,7 @@ def _softmax_sums_kernel(
     value_ptr += batch * stride_vb + head * stride_vh
     grad_out_ptr += batch * stride_ob + head * stride_oh
     vectors = problem.to(tl.int64) * N
-    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    i = own_start + tl.arange(0, BLOCK)
     x = _load(x_ptr, i, stride_xn, 1, N, D, BLOCK_D)
     grad_out = _load(grad_out_ptr, i, stride_on, 1, N, D, BLOCK_D)
     xx = _vector(xx_ptr + vectors, i, N)
@@ -368,7 +370,7 @@ def _plan_gradient_kernel(
     AXIS = 1 also sums the gradient of the scaled matrix times that matrix, for the gradient of its largest entry;
     AXIS = 0 yields the gradient of the values.
     """
-    problem = tl.program_id(1)
+    problem, own_start = _place(N, BLOCK)
     batch = (problem // H).to(tl.int64)
     head = (problem % H).to(tl.int64)
     x_ptr += batch * stride_xb + head * stride_xh
@@ -376,8 +378,7 @@ def _plan_gradient_kernel(
     value_ptr += batch * stride_vb + head * stride_vh
     grad_out_ptr += batch * stride_ob + head * stride_oh
     vectors = problem.to(tl.int64) * N
-    own = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    own_start = tl.program_id(0) * BLOCK
+    own = own_start + tl.arange(0, BLOCK)
     inv_largest = _inverse(tl.load(largest_ptr + problem))
     sums = tl.zeros([BLOCK], tl.float32)
     if AXIS == 1:
@@ -435,11 +436,11 @@ def _adjoint_kernel(
         BLOCK_D: tl.constexpr,
 ):
     """A half-iteration backwards: out = init - N * sum_AXIS exp(log-kernel + u + v) * grad."""
-    problem = tl.program_id(1)
+    problem, own_start = _place(N, BLOCK)
     x_ptr += (problem // H).to(tl.int64) * stride_xb + (problem % H).to(tl.int64) * stride_xh
     y_ptr += (problem // H).to(tl.int64) * stride_yb + (problem % H).to(tl.int64) * stride_yh
     vectors = problem.to(tl.int64) * N
-    own = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    own = own_start + tl.arange(0, BLOCK)
     i = own
     j = own
     if AXIS == 1:
@@ -487,7 +488,7 @@ def _cost_gradient_kernel(
         BLOCK_D: tl.constexpr,
 ):
     """Gradient of x (AXIS = 1), and with it that of the row maxima; or gradient of y (AXIS = 0)."""
-    problem = tl.program_id(1)
+    problem, own_start = _place(N, BLOCK)
     batch = (problem // H).to(tl.int64)
     head = (problem % H).to(tl.int64)
     x_ptr += batch * stride_xb + head * stride_xh
@@ -496,7 +497,6 @@ def _cost_gradient_kernel(
     grad_out_ptr += batch * stride_ob + head * stride_oh
     vectors = problem.to(tl.int64) * N
     iteration = problems.to(tl.int64) * N  # from one iteration's vectors to the next
-    own_start = tl.program_id(0) * BLOCK
     own = own_start + tl.arange(0, BLOCK)
     inv_largest = _inverse(tl.load(largest_ptr + problem))
     largest_i = tl.load(largest_i_ptr + problem)
@@ -562,7 +562,7 @@ def _cost_gradient_kernel(
             grad += tl.where(is_max, _vector(grad_max_ptr + vectors, i, N)[:, None], 0.)
         if COSINE:
             pull += tl.sum(grad * (1. - costs), AXIS)
-            grad *= _inverse_norm(xx)[:, None] * _inverse_norm(yy)[None, :]
+            grad *= _inverse(tl.sqrt(xx))[:, None] * _inverse(tl.sqrt(yy))[None, :]
         else:
             grad = tl.where(costs > 0., grad / tl.where(costs > 0., costs, 1.), 0.)
         moving = y if AXIS == 1 else x
@@ -582,8 +582,7 @@ def _cost_gradient_kernel(
 
     fixed = (x if AXIS == 1 else y).to(tl.float32)
     if COSINE:
-        inv_norm = _inverse_norm(_vector((xx_ptr if AXIS == 1 else yy_ptr) + vectors, own, N))
-        not_constant = inv_norm < 1e12  # below eps the norm is a constant
+        inv_norm = _inverse(tl.sqrt(_vector((xx_ptr if AXIS == 1 else yy_ptr) + vectors, own, N)))
     if AXIS == 1:
         tl.store(grad_max_ptr + vectors + own, grad_max, mask=own < N)
         row_max = _vector(row_max_ptr + vectors, own, N)
@@ -591,12 +590,12 @@ def _cost_gradient_kernel(
         farthest = _load(y_ptr, index, stride_yn, stride_yd, N, D, BLOCK_D).to(tl.float32)
         if COSINE:
             pull += grad_max * (1. - row_max)
-            farthest_norm = _inverse_norm(tl.load(yy_ptr + vectors + index))
+            farthest_norm = _inverse(tl.sqrt(tl.load(yy_ptr + vectors + index)))
             out -= (grad_max * inv_norm * farthest_norm)[:, None] * farthest
         else:
             out += (grad_max * _inverse(row_max))[:, None] * (fixed - farthest)
     if COSINE:
-        pull = tl.where(not_constant, pull * inv_norm * inv_norm, 0.)
+        pull *= inv_norm * inv_norm
     out += pull[:, None] * fixed
     offset = (batch * N * H + head) * D
     if ADD:
@@ -613,7 +612,7 @@ class _Problem(NamedTuple):
     row_max: torch.Tensor
     row_max_index: torch.Tensor
     reg: float
-    grid: Tuple[int, int]
+    grid: Tuple[int]
     options: Dict[str, object]
 
     @property
@@ -669,7 +668,7 @@ def _prepare(q: torch.Tensor, k: torch.Tensor, operand: str, reg: float, distanc
         num_warps=4,
         num_stages=1 if q.dtype == torch.float32 or D > 64 else 3,
     )
-    grid = (triton.cdiv(N, BLOCK), B * H)
+    grid = (triton.cdiv(N, BLOCK) * B * H,)
     norms = []
     for z in (x,) if operand == 'q' else (x, y):
         norms.append(_vectors(q))
