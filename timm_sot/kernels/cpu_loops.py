@@ -209,6 +209,11 @@ def _dropout_row(factor, seed, row, drop_below, keep_factor):
 # Steps of one problem
 
 @_jit()
+def _zeros(*shape):
+    return np.zeros(shape, np.float32)
+
+
+@_jit()
 def _padded(n):
     return (n + LANES - 1) // LANES * LANES
 
@@ -411,37 +416,37 @@ def _weights(sot, inverse_largest, weights, N, scale, softmax):
 
 
 @_fast
-def _iterate_backward(kernel, a, b, b_before, grad_u, grad_v, row_factors, column_factors, sums, N):
-    """Gradients of the potentials through one iteration, and its part of the gradient of the log-kernel in factors.
+def _iterate_backward(
+        kernel, a, b, b_before, grad_a, grad_b, row_factor_b, row_factor_a, column_factor_b, column_factor_a, sums, N):
+    """Gradients of the scaling vectors' logarithms through one iteration.
 
-    That part is -K (row_factors[0] column_factors[0] + row_factors[1] column_factors[1]); `grad_u`, `grad_v` are the
-    gradients of log a and log b on entry, and 0 and that of the log b before on return.
+    On entry `grad_a`, `grad_b` are those of log a, log b, on return 0 and that of log b before. The iteration's part of
+    the gradient of the log-kernel is -K times the sum of the two products of a row and a column factor.
     """
     count = np.float32(N)
-    for j in range(grad_v.size):
-        column_factors[0, j] = count * grad_v[j] * b[j]
-        column_factors[1, j] = b_before[j]
+    for j in range(grad_b.size):
+        column_factor_b[j] = count * grad_b[j] * b[j]
+        column_factor_a[j] = b_before[j]
     sums[:] = ZERO
-    column_factor = column_factors[0]
     for i in range(N):
         row = kernel[i]
         product = ZERO
         for j in range(row.size):
-            product += row[j] * column_factor[j]
+            product += row[j] * column_factor_b[j]
         a_i = a[i]
-        row_factor = count * (grad_u[i] - a_i * product) * a_i
-        row_factors[0, i] = a_i
-        row_factors[1, i] = row_factor
-        grad_u[i] = ZERO
+        factor = count * (grad_a[i] - a_i * product) * a_i
+        row_factor_b[i] = a_i
+        row_factor_a[i] = factor
+        grad_a[i] = ZERO
         for j in range(row.size):
-            sums[j] += row[j] * row_factor
-    for j in range(grad_v.size):
-        grad_v[j] = -b_before[j] * sums[j]
+            sums[j] += row[j] * factor
+    for j in range(grad_b.size):
+        grad_b[j] = -b_before[j] * sums[j]
 
 
 @_fast
-def _iterate_backward_log(kernel, a, b, b_before, grad_u, grad_v, grad, sums, N):
-    """The same on the logarithms; subtracts from `grad`, the gradient of the log-kernel, itself."""
+def _iterate_backward_log(kernel, a, b, b_before, grad_a, grad_b, grad, sums, N):
+    """The same for the logarithms; the part of the gradient of the log-kernel is added to `grad`."""
     count = np.float32(N)
     sums[:] = ZERO
     for i in range(N):
@@ -449,21 +454,29 @@ def _iterate_backward_log(kernel, a, b, b_before, grad_u, grad_v, grad, sums, N)
         a_i = a[i]
         product = ZERO
         for j in range(row.size):
-            step = _exp2(row[j] + a_i + b[j]) * (count * grad_v[j])
+            step = _exp2(row[j] + a_i + b[j]) * (count * grad_b[j])
             target[j] -= step
             product += step
-        factor = count * (grad_u[i] - product)
-        grad_u[i] = ZERO
+        factor = count * (grad_a[i] - product)
+        grad_a[i] = ZERO
         for j in range(row.size):
             step = _exp2(row[j] + a_i + b_before[j]) * factor
             target[j] -= step
             sums[j] += step
-    for j in range(grad_v.size):
-        grad_v[j] = -sums[j]
+    for j in range(grad_b.size):
+        grad_b[j] = -sums[j]
 
 
 @_fast
-def _sot_backward(sot, weights, grad, inverse_largest, largest, grad_u, grad_v, N, scale, softmax):
+def _subtract_product(out, x, y, N):
+    for i in range(N):
+        o, p, q = out[i], x[i], y[i]
+        for j in range(o.size):
+            o[j] -= p[j] * q[j]
+
+
+@_fast
+def _sot_backward(sot, weights, grad, inverse_largest, largest, grad_a, grad_b, N, scale, softmax):
     """Gradient of the weights to that of the log-plan, in place, and its row and column sums."""
     moment = ZERO
     ties = ZERO
@@ -480,7 +493,7 @@ def _sot_backward(sot, weights, grad, inverse_largest, largest, grad_u, grad_v, 
             moment += g[j] * s[j]
             ties += ONE if s[j] == largest else ZERO
     grad_largest = -moment * inverse_largest / ties  # equal maxima share the gradient
-    grad_v[:] = ZERO
+    grad_b[:] = ZERO
     for i in range(N):
         s, g = sot[i], grad[i]
         total = ZERO
@@ -488,8 +501,8 @@ def _sot_backward(sot, weights, grad, inverse_largest, largest, grad_u, grad_v, 
             value = (g[j] + (grad_largest if s[j] == largest else ZERO)) * (s[j] * (ONE - s[j]))
             g[j] = value
             total += value
-            grad_v[j] += value
-        grad_u[i] = total
+            grad_b[j] += value
+        grad_a[i] = total
 
 
 @_fast
@@ -541,16 +554,15 @@ def forward(
         first, last, heads, q, q_strides, k, k_strides, v, v_strides, out, out_strides, saved, seed,
         N, D, iters, reg, scale, drop_below, keep_factor, own, through_transpose, cosine, softmax, log, dropout):
     """Problems `first` to `last` of `cpu.sot_attention_forward`."""
+    # each allocated by itself: numba does not know that parts of an array are contiguous
     R, W = _padded(N), _padded(D)
-    x, y, values, result = np.zeros((4, R, W), np.float32)
-    y_transposed = np.zeros((W, R), np.float32)
-    kernel, sot, weights = np.zeros((3, R, R), np.float32)
-    a, b, sums, terms, inverse_norms = np.zeros((5, R), np.float32)
-    factor = np.zeros(R, np.float32)
+    x, y, values, result = _zeros(R, W), _zeros(R, W), _zeros(R, W), _zeros(R, W)
+    y_transposed = _zeros(W, R)
+    kernel, sot, weights = _zeros(R, R), _zeros(R, R), _zeros(R, R)
+    a, b, sums, terms, inverse_norms, factor = _zeros(R), _zeros(R), _zeros(R), _zeros(R), _zeros(R), _zeros(R)
     for problem in range(first, last):
         batch, head = problem // heads, problem % heads
-        costs = saved[problem, :N]
-        scalings = saved[problem, N:]
+        costs = scalings = saved[problem]  # N rows of costs, then the scaling vectors
 
         start = batch * q_strides[0] + head * q_strides[1]
         _load(q, start, q_strides[2], x, N, D)
@@ -575,8 +587,8 @@ def forward(
                 _iterate_log(kernel, a, b, sums, terms, N)
             else:
                 _iterate(kernel, a, b, sums, N)
-            scalings[2 * t] = a
-            scalings[2 * t + 1] = b
+            scalings[N + 2 * t] = a
+            scalings[N + 2 * t + 1] = b
         inverse_largest = _inverse(_sot(kernel, a, b, sot, N, log))
         _weights(sot, inverse_largest, weights, N, scale, softmax)
         if dropout:
@@ -596,21 +608,21 @@ def backward(
         N, D, iters, reg, scale, drop_below, keep_factor, own, through_transpose, cosine, softmax, log, dropout):
     """Problems `first` to `last` of `cpu.sot_attention_backward`."""
     R, W = _padded(N), _padded(D)
-    x, y, upstream, result, other = np.zeros((5, R, W), np.float32)
-    transposed = np.zeros((W, R), np.float32)
-    kernel, sot, weights, grad, scratch = np.zeros((5, R, R), np.float32)
-    row_factors, column_factors = np.zeros((2, 2 * iters, R), np.float32)
-    potential_u, potential_v, sums, x_inverse_norms, y_inverse_norms, factor, start_b = np.zeros((7, R), np.float32)
-    start_b[:N] = ZERO if log else ONE
+    x, y, upstream, result, other = _zeros(R, W), _zeros(R, W), _zeros(R, W), _zeros(R, W), _zeros(R, W)
+    transposed = _zeros(W, R)
+    kernel, sot, weights, grad, scratch = _zeros(R, R), _zeros(R, R), _zeros(R, R), _zeros(R, R), _zeros(R, R)
+    row_factors, column_factors = _zeros(2 * iters, R), _zeros(2 * iters, R)
+    grad_a, grad_b, sums, factor, first_b = _zeros(R), _zeros(R), _zeros(R), _zeros(R), _zeros(R)
+    inverse_norms, other_inverse_norms = _zeros(R), _zeros(R)
+    first_b[:N] = ZERO if log else ONE
     for problem in range(first, last):
         batch, head = problem // heads, problem % heads
         grad_start = batch * grad_strides[0] + head * grad_strides[1]
-        costs = saved[problem, :N]
-        scalings = saved[problem, N:]
+        costs = scalings = saved[problem]  # N rows of costs, then the scaling vectors
 
         # the matrices of the forward pass
         _kernel(costs, kernel, N, reg, log)
-        largest = _sot(kernel, scalings[2 * iters - 2], scalings[2 * iters - 1], sot, N, log)
+        largest = _sot(kernel, scalings[N + 2 * iters - 2], scalings[N + 2 * iters - 1], sot, N, log)
         inverse_largest = _inverse(largest)
         _weights(sot, inverse_largest, weights, N, scale, softmax)
 
@@ -628,20 +640,20 @@ def backward(
             _dot(weights.T, upstream, result, R, W, N)
         _store(result, grad_v, grad_start, grad_strides[2], N, D)
 
-        _sot_backward(sot, weights, grad, inverse_largest, largest, potential_u, potential_v, N, scale, softmax)
+        _sot_backward(sot, weights, grad, inverse_largest, largest, grad_a, grad_b, N, scale, softmax)
         for t in range(iters - 1, -1, -1):
-            a, b = scalings[2 * t], scalings[2 * t + 1]
-            b_before = scalings[2 * t - 1] if t > 0 else start_b
+            a, b = scalings[N + 2 * t], scalings[N + 2 * t + 1]
+            b_before = scalings[N + 2 * t - 1] if t > 0 else first_b
             if log:
-                _iterate_backward_log(kernel, a, b, b_before, potential_u, potential_v, grad, sums, N)
+                _iterate_backward_log(kernel, a, b, b_before, grad_a, grad_b, grad, sums, N)
             else:
                 _iterate_backward(
-                    kernel, a, b, b_before, potential_u, potential_v,
-                    row_factors[2 * t:2 * t + 2], column_factors[2 * t:2 * t + 2], sums, N)
+                    kernel, a, b, b_before, grad_a, grad_b,
+                    row_factors[2 * t], row_factors[2 * t + 1], column_factors[2 * t], column_factors[2 * t + 1],
+                    sums, N)
         if not log:
             _dot(row_factors.T, column_factors, scratch, R, R, 2 * iters)
-            for i in range(N):
-                grad[i] -= kernel[i] * scratch[i]
+            _subtract_product(grad, kernel, scratch, N)
         _costs_backward(costs, grad, N, reg, cosine)
 
         _load(q, batch * q_strides[0] + head * q_strides[1], q_strides[2], x, N, D)
@@ -654,12 +666,12 @@ def backward(
             else:
                 _load(k, start, k_strides[2], y, N, D)
         if cosine:
-            _to_unit_rows(x, x_inverse_norms, N)
-            _to_unit_rows(y, y_inverse_norms, N)
+            _to_unit_rows(x, inverse_norms, N)
+            _to_unit_rows(y, other_inverse_norms, N)
             _dot(grad, y, result, R, W, N)
             _dot(grad.T, x, other, R, W, N)
-            _cosine_backward(result, x, x_inverse_norms, N)
-            _cosine_backward(other, y, y_inverse_norms, N)
+            _cosine_backward(result, x, inverse_norms, N)
+            _cosine_backward(other, y, other_inverse_norms, N)
         else:
             _pull(grad, x, y, result, R, W, N)
             _pull(grad.T, y, x, other, R, W, N)
