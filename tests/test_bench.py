@@ -250,7 +250,9 @@ def test_report(report, tmp_path):
         assert ('sinkhorn', '2x8x8 float32', phase, 'timm_sot.sinkhorn') in timed
     assert ('step', 'batch 2 float32', 'training step', 'cct_2_sot_qkt') in timed
 
+    path, = {row['path'] for row in report['rows'] if row['contender'] == 'sot_qk' and row['section'] == 'core'}
     printed = bench.format_tables(report)
+    assert f'sot_qk [{path}]' in printed
     for text in ('core 2x1x64x64 float32', 'original tol=0.1', 'cct_2_sot_q_nosoftmax', 'skipped: needs CUDA'):
         assert text in printed
 
@@ -296,7 +298,7 @@ def test_bars():
     rows = bench.bar_rows([cpu, cuda])
     assert [(row['measured'], row['state']) for row in rows[4:]] == [
         ('1.20x call, 1.60x graph', 'not met'), ('', 'not measured'), ('', 'not measured'), ('32,768', 'met')]
-    assert rows[0]['on'] == 'a cpu' and rows[4]['on'] == 'a cuda' and rows[5]['on'] == 'cuda'
+    assert rows[0]['on'] == 'a cpu' and rows[4]['on'] == 'a cuda' and rows[5]['on'] == 'CUDA'
     markdown = bench.bar_table([cpu, cuda], markdown=True).splitlines()
     assert markdown[1] == '| --- | --- | --- | --- | --- | --- |' and markdown[2].endswith('| 1.50x | met |')
     assert sum(line.startswith('| ') for line in markdown) == 10

@@ -12,7 +12,7 @@ import math
 import os
 import platform
 import time
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from datetime import datetime, timezone
 from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
@@ -21,8 +21,8 @@ import torch
 import torch.nn.functional as F
 from timm.loss import LabelSmoothingCrossEntropy
 
-from . import attention
-from .attention import VARIANTS, sot_attention_weights
+from .attention import VARIANTS, sot_attention, sot_attention_weights
+from .kernels.fused import choose_path
 from .solver import sinkhorn
 from .study.errors import StudyError
 from .study.runner import build_models, commit, versions
@@ -45,10 +45,10 @@ SAVED_SHAPE = (1, 2, 1024)
 LARGEST = 2 ** 16
 BATCH = 128
 
-SECONDS, QUICK_SECONDS = 150., 9.  # of timing; warm-up and compilation come on top
-TIME_LIMIT = 220.  # seconds after which no further group is begun
+SECONDS, QUICK_SECONDS = 110., 7.  # of timing; warm-up and compilation come on top
+TIME_LIMIT = 200.  # seconds after which no further group is begun
 ROUNDS, QUICK_ROUNDS = (3, 50), (2, 5)  # fewest and most of a group
-SLOWEST_CALL = 1.5  # seconds: what is predicted to take longer is skipped
+SLOWEST_CALL = 3.  # seconds: what is predicted to take longer is skipped
 
 
 class Contender(NamedTuple):
@@ -58,6 +58,7 @@ class Contender(NamedTuple):
     graph: bool = True  # whether it can be captured as a CUDA graph: nothing in it waits for the device
     matrices: int = 10  # float32 N x N matrices (or their equal) that a call holds at once
     skipped: str = ''  # why it cannot run here
+    path: str = ''  # what computes it, where there is a choice
 
 
 class Group(NamedTuple):
@@ -112,9 +113,7 @@ def original_weights(
 def sot_core(variant: str, iters: int = ITERS) -> Callable[..., torch.Tensor]:
     """The function from q, k, v to the output that `SOTAttention` of this variant calls."""
     operands, softmax = VARIANTS[variant]
-    if not hasattr(attention, 'sot_attention'):
-        return unfused_core(variant, iters)
-    return lambda q, k, v: attention.sot_attention(q, k, v, operands, softmax, 'euclidean', REG, iters, None, 0.)
+    return lambda q, k, v: sot_attention(q, k, v, operands, softmax, 'euclidean', REG, iters, None)
 
 
 def unfused_core(variant: str, iters: int = ITERS) -> Callable[..., torch.Tensor]:
@@ -123,9 +122,14 @@ def unfused_core(variant: str, iters: int = ITERS) -> Callable[..., torch.Tensor
     return lambda q, k, v: sot_attention_weights(q, k, operands, softmax, 'euclidean', REG, iters, None) @ v
 
 
+def randn(*shape: int, dtype: torch.dtype = torch.float32, device: torch.device) -> torch.Tensor:
+    """Normal numbers. From the CPU's generator: CUDA's is of no use after a graph that could not be captured."""
+    return torch.randn(shape).to(device, dtype)
+
+
 def qkv_inputs(B: int, H: int, N: int, dtype: torch.dtype, device: torch.device) -> Tuple[torch.Tensor, ...]:
     """Leaves q, k, v (B, H, N, D) with the strides that they have out of a fused qkv projection."""
-    qkv = torch.randn(B, N, 3, H, D, device=device).to(dtype).permute(2, 0, 3, 1, 4)
+    qkv = randn(B, N, 3, H, D, dtype=dtype, device=device).permute(2, 0, 3, 1, 4)
     return tuple(x.detach().requires_grad_() for x in qkv.unbind(0))
 
 
@@ -154,7 +158,7 @@ def core_group(
     """q, k, v to the output."""
     def build():
         inputs = qkv_inputs(B, H, N, dtype, device)
-        grad = torch.randn(B, N, H, D, device=device).to(dtype).transpose(1, 2)  # as it comes out of the projection
+        grad = randn(B, N, H, D, dtype=dtype, device=device).transpose(1, 2)  # as it comes out of the projection
 
         def contender(name, fn, **kwargs):
             return Contender(name, pass_of(fn, inputs, grad, phase), **kwargs)
@@ -162,11 +166,12 @@ def core_group(
         def original(tol):
             return lambda q, k, v: original_weights(q, k, tol=tol) @ v
 
-        saved = 8 * ITERS if phase == TRAIN else 0
+        saved = 2 * ITERS if phase == TRAIN else 0
+        path = choose_path(device, dtype, N, D)
         return [
             contender('sdpa', F.scaled_dot_product_attention),
             contender('softmax', eager_softmax),
-            *(contender(name, sot_core(name)) for name in variants if name != 'sot_qkt' or N == D),
+            *(contender(name, sot_core(name), path=path) for name in variants if name != 'sot_qkt' or N == D),
             contender('sot_qk unfused', unfused_core('sot_qk'), matrices=10 + saved),
             contender('original', original(None), graph=False, matrices=10 + saved),
             contender('original tol=0.1', original(0.1), graph=False, matrices=10 + saved),
@@ -179,8 +184,8 @@ def step_group(names: Sequence[str], amp: bool, device: torch.device, weight: fl
     """A training step: forward, loss, backward, AdamW."""
     def build():
         size = timm.get_pretrained_cfg(names[0]).input_size
-        images = torch.randn(BATCH, *size, device=device)
-        labels = torch.randint(10, (BATCH,), device=device)
+        images = randn(BATCH, *size, device=device)
+        labels = torch.randint(10, (BATCH,)).to(device)
         criterion = LabelSmoothingCrossEntropy(0.1)
 
         def step_of(model):
@@ -204,9 +209,9 @@ def step_group(names: Sequence[str], amp: bool, device: torch.device, weight: fl
 def sinkhorn_group(B: int, N: int, phase: str, device: torch.device, weight: float) -> Group:
     """Log-kernel to log-plan, 10 iterations."""
     def build():
-        cost = torch.cdist(torch.randn(B, N, D, device=device), torch.randn(B, N, D, device=device))
+        cost = torch.cdist(randn(B, N, D, device=device), randn(B, N, D, device=device))
         inputs = ((cost / cost.amax(dim=-1, keepdim=True) / -REG).requires_grad_(),)
-        grad = torch.randn_like(cost)
+        grad = randn(B, N, N, device=device)
         mass = torch.full((B, N), 1 / N, device=device)
         pot = import_pot()
 
@@ -214,7 +219,7 @@ def sinkhorn_group(B: int, N: int, phase: str, device: torch.device, weight: flo
             return pot.bregman_log_projection_batch(
                 log_kernel, mass, mass, max_iter=ITERS, tol=0., grad='autodiff')['log_T']
 
-        saved = 8 * ITERS if phase == TRAIN else 0
+        saved = 2 * ITERS if phase == TRAIN else 0
         return [
             Contender('timm_sot.sinkhorn', pass_of(sinkhorn, inputs, grad, phase)),
             Contender('plain autograd', pass_of(plain_sinkhorn, inputs, grad, phase), matrices=10 + saved),
@@ -230,7 +235,7 @@ def points_group(N: int, device: torch.device, weight: float) -> Group:
     flash-sinkhorn ends with the potentials, ours with the plan; ours has to build the log-kernel first.
     """
     def build():
-        x, y = torch.randn(2, N, D, device=device) / D ** 0.5
+        x, y = randn(2, N, D, device=device) / D ** 0.5
         mass = torch.full((N,), 1 / N, device=device)
         flash, missing = import_flash_sinkhorn(), ''
         if device.type != 'cuda':
@@ -341,13 +346,15 @@ def time_interleaved(
     lanes: List[Lane] = []
     for contender in contenders:
         name, call = contender.name, contender.call
-        result = results[name] = {}
+        result = results[name] = {'path': contender.path} if contender.path else {}
         if contender.skipped:
             result['skipped'] = contender.skipped
             continue
         try:
             result['first_s'] = clock(call, 1, device) / 1e3
-            lanes.append(Lane(name, 'call', call, calls_of(call, device), []))
+            # a long call needs no second to be warm; on CUDA it was long for its compilation
+            long = device.type == 'cpu' and result['first_s'] > 0.5
+            lanes.append(Lane(name, 'call', call, 1 if long else calls_of(call, device), []))
         except Exception as e:  # whatever it is, the others are still to be timed
             result['error'] = one_line(e)
             continue
@@ -415,7 +422,8 @@ def release(device: torch.device) -> None:
     """Give back what the last group held."""
     gc.collect()
     if device.type == 'cuda':
-        torch.cuda.empty_cache()
+        with suppress(RuntimeError):  # of a kernel that failed, and whose row says so
+            torch.cuda.empty_cache()
 
 
 def time_group(
@@ -469,7 +477,7 @@ def peak_bytes(
     """CUDA memory that forward and backward pass need at their peak, q, k, v, output and gradients included."""
     def run(B, H, N):
         inputs = qkv_inputs(B, H, N, dtype, device)
-        grad = torch.randn(B, N, H, D, device=device).to(dtype).transpose(1, 2)
+        grad = randn(B, N, H, D, dtype=dtype, device=device).transpose(1, 2)
         torch.cuda.reset_peak_memory_stats(device)
         pass_of(fn, inputs, grad, TRAIN)()
         torch.cuda.synchronize(device)
@@ -483,7 +491,7 @@ def peak_bytes(
 
 def train_once(N: int, dtype: torch.dtype, device: torch.device) -> None:
     """One step of gradient descent through SOT(Q, K) attention of N tokens."""
-    qkv = torch.randn(1, N, 3, 1, D, device=device).to(dtype).requires_grad_()
+    qkv = randn(1, N, 3, 1, D, dtype=dtype, device=device).requires_grad_()
     out = sot_core('sot_qk')(*qkv.permute(2, 0, 3, 1, 4).unbind(0))
     out.float().square().sum().backward()
     with torch.no_grad():
@@ -536,29 +544,29 @@ def memory_rows(dtype: torch.dtype, device: torch.device) -> Iterator[Dict[str, 
 # The run
 
 def groups_of(sections: Sequence[str], dtype: torch.dtype, device: torch.device, quick: bool) -> List[Group]:
-    """What is timed, those that the bars need first."""
+    """What is timed, in an order that begins with what the bars need, for time may run out."""
     cuda = device.type == 'cuda'
-    variants = [name for name in VARIANTS if name != 'softmax']
-    groups = []
+    core, steps, sinkhorns = [], [], []
     if 'core' in sections:
+        variants = [name for name in VARIANTS if name != 'softmax']
         for i, (B, H, N) in enumerate(CORE_SHAPES[device.type]):
             if quick and N not in (64, 196):
                 continue
-            chosen = variants if N == 64 or not quick else ['sot_qk']
+            few = quick and N != 64 or not cuda and N == 4096
             for phase in (TRAIN, FORWARD):
                 weight = (2. if phase == TRAIN else 1.) * (1. if i else 3.)
-                groups.append(core_group(B, H, N, phase, dtype, device, weight, chosen))
+                core.append(core_group(B, H, N, phase, dtype, device, weight, ['sot_qk'] if few else variants))
     if 'step' in sections:
-        names = ['cct_2', 'cct_2_sot_qk'] if quick else timm.list_models('cct_2*', module='cct')
-        groups.insert(1, step_group(names, cuda, device, 6.))
+        few = ['cct_2', 'cct_2_sot_qk']
+        steps.append(step_group(few if quick else timm.list_models('cct_2*', module='cct'), cuda, device, 6.))
         if cuda and not quick:
-            groups.append(step_group(names, False, device, 2.))
+            steps.append(step_group(few, False, device, 2.))
     if 'sinkhorn' in sections:
         for B, N in SINKHORN_SHAPES[device.type][:1 if quick else None]:
-            groups += [sinkhorn_group(B, N, phase, device, 1.) for phase in (TRAIN, FORWARD)]
+            sinkhorns += [sinkhorn_group(B, N, phase, device, 1.) for phase in (TRAIN, FORWARD)]
         if not quick:
-            groups.append(points_group(4096 if cuda else 1024, device, 1.))
-    return groups
+            sinkhorns.append(points_group(4096 if cuda else 1024, device, 1.))
+    return [*core[:1], *steps[:1], *sinkhorns, *core[1:], *steps[1:]]
 
 
 def run_bench(
@@ -582,6 +590,8 @@ def run_bench(
     """
     if device.type not in CORE_SHAPES:
         raise StudyError(f'timm-sot bench times cpu and cuda, not {device.type!r}.')
+    if device.type == 'cuda':
+        torch.cuda.set_device(device if device.index is not None else torch.cuda.current_device())
     dtype = dtype or (torch.bfloat16 if device.type == 'cuda' else torch.float32)
     try:
         from tqdm import tqdm
@@ -752,7 +762,7 @@ def bar_rows(reports: Sequence[Dict[str, Any]]) -> List[Dict[str, Any]]:
         measured = ((report, bar.measure(report)) for report in reports
                     if bar.on in ('', report['about']['device_type']))
         report, values = next(((report, values) for report, values in measured if values), (None, []))
-        row = {'what': bar.what, 'on': bar.on or 'any', 'bar': bar.bar, 'aim': bar.aim, 'values': dict(values)}
+        row = {'what': bar.what, 'on': bar.on.upper() or 'any', 'bar': bar.bar, 'aim': bar.aim, 'values': dict(values)}
         if values:
             worst = (min if bar.at_least else max)(value for _, value in values)
             met = worst >= bar.limit if bar.at_least else worst <= bar.limit
@@ -802,7 +812,8 @@ def format_tables(report: Dict[str, Any]) -> str:
             head for phase in phases for kind in kinds for head in (
                 f'{phase}, ms' if kind == 'call' else 'as graph, ms', 'ratio'))]]
         for name in names:
-            line = [name]
+            path = next((row['path'] for row in rows if row['contender'] == name and 'path' in row), '')
+            line = [f'{name} [{path}]' if path else name]
             for phase in phases:
                 row = find(report, section, case, name, phase)
                 base = find(report, section, case, row.get('baseline', ''), phase)
@@ -826,7 +837,9 @@ def time_cells(row: Dict[str, Any], base: Dict[str, Any], kind: str) -> Tuple[st
         return row.get('graph_error', ''), ''
     times = row[kind]
     ratio = f'{times["median_ms"] / base[kind]["median_ms"]:.2f}' if kind in base else ''
-    return f'{times["median_ms"]:.3g} ({times["q25_ms"]:.3g}-{times["q75_ms"]:.3g})', ratio
+    median, q25, q75 = (
+        f'{times[key]:.3g}' if times[key] < 1000 else f'{times[key]:.0f}' for key in ('median_ms', 'q25_ms', 'q75_ms'))
+    return f'{median} ({q25}-{q75})', ratio
 
 
 def aligned(table: Sequence[Sequence[str]]) -> List[str]:
