@@ -12,6 +12,7 @@ from typing import ContextManager, Optional
 
 import torch
 
+from .kernels.distance import euclidean_distance
 from .solver import check_sinkhorn_args, compute_dtype, solve
 
 __all__ = ['self_optimal_transport']
@@ -135,7 +136,8 @@ def sot_matrix(
         log_kernel = log_kernel.masked_fill(diagonal, -float('inf'))
 
     # the transform's tol is in units of the cost, the solver's potentials are in units of reg
-    log_plan = solve(log_kernel, iters, None if tol is None else tol / reg, row_mass)
+    spread = largest_cost(distance, normalize) / reg
+    log_plan = solve(log_kernel, iters, None if tol is None else tol / reg, row_mass, spread)
 
     out = log_plan.sigmoid() if sigmoid else log_plan.exp()
     if max_scale:
@@ -148,10 +150,9 @@ def sot_matrix(
 def pairwise_cost(x: torch.Tensor, y: torch.Tensor, distance: str, normalize: Optional[str]) -> torch.Tensor:
     """Normalized costs between the rows of x and y, (..., N, D), (..., M, D) -> (..., N, M)."""
     if distance == 'cosine':
-        cost = 1. - unit_rows(x) @ unit_rows(y).transpose(-2, -1)
+        cost = (1. - unit_rows(x) @ unit_rows(y).transpose(-2, -1)).clamp(min=0.)  # rounding goes below
     else:
-        # not through a matrix product: |x|^2 + |y|^2 - 2xy cancels, and equal points would not have distance 0
-        cost = torch.cdist(x, y, compute_mode='donot_use_mm_for_euclid_dist')
+        cost = pairwise_distance(x, y)
     if normalize is None:
         return cost
     if normalize == 'row':
@@ -159,6 +160,24 @@ def pairwise_cost(x: torch.Tensor, y: torch.Tensor, distance: str, normalize: Op
     else:
         largest = cost.amax(dim=(-2, -1), keepdim=True)
     return cost / largest.masked_fill(largest == 0, 1.)
+
+
+def largest_cost(distance: str, normalize: Optional[str]) -> float:
+    """What no cost exceeds, whatever the points; none is below 0."""
+    if normalize is not None:
+        return 1.
+    return 2. if distance == 'cosine' else float('inf')
+
+
+def pairwise_distance(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """||x_i - y_j||_2 with exact zeros, (..., N, D), (..., M, D) -> (..., N, M)."""
+    # cdist not through a matrix product: |x|^2 + |y|^2 - 2xy cancels, and equal points would not have distance 0
+    if torch.jit.is_scripting():
+        return torch.cdist(x, y, compute_mode='donot_use_mm_for_euclid_dist')
+    elif torch.jit.is_tracing() or torch.onnx.is_in_onnx_export():
+        return torch.cdist(x, y, compute_mode='donot_use_mm_for_euclid_dist')
+    else:
+        return euclidean_distance(x, y)
 
 
 def unit_rows(x: torch.Tensor) -> torch.Tensor:
