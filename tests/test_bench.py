@@ -209,7 +209,7 @@ def test_saved_bytes():
     assert (total, beyond) == (256 + 128, 128)  # the product is not kept, the exponential is
 
 
-def test_memory_rows():
+def test_memory_rows(tiny):
     rows = [*bench.memory_rows(torch.float32, CPU)]
     assert [row['contender'] for row in rows] == ['sot_qk iters=1', 'sot_qk iters=100']
     assert all(row['bytes'] > 0 for row in rows)
@@ -253,7 +253,7 @@ def test_report(report, tmp_path):
     path, = {row['path'] for row in report['rows'] if row['contender'] == 'sot_qk' and row['section'] == 'core'}
     printed = bench.format_tables(report)
     assert f'sot_qk [{path}]' in printed
-    for text in ('core 2x1x64x64 float32', 'original tol=0.1', 'cct_2_sot_q_nosoftmax', 'skipped: needs CUDA'):
+    for text in ('core 2x1x64x64 float32', 'original tol=0.1', 'cct_2_sot_q_nosoftmax', 'needs CUDA'):
         assert text in printed
 
 
@@ -312,7 +312,10 @@ def test_table_of_a_fake_cuda_run():
         fake_row(*core, 'original', 'sdpa', skipped='about 9 s a call'))).splitlines()
     assert lines[0].split() == ['core', 'x', 'forward+backward,', 'ms', 'ratio', 'as', 'graph,', 'ms', 'ratio']
     assert lines[2].split() == ['sot_qk', '3', '(3-3)', '1.50', '1.25', '(1.25-1.25)', '1.25']
-    assert 'RuntimeError: no' in lines[3] and 'skipped: about 9 s a call' in lines[4]
+    assert lines[3].endswith('2.00   error') and lines[4].split() == ['original', 'skipped']
+    assert lines[5:] == [
+        '  graph error: softmax forward+backward: RuntimeError: no',
+        '  skipped: original forward+backward: about 9 s a call']
 
 
 # The command

@@ -11,6 +11,7 @@ import json
 import math
 import os
 import platform
+import statistics
 import time
 from contextlib import nullcontext, suppress
 from datetime import datetime, timezone
@@ -388,8 +389,7 @@ def calls_of(call: Callable[[], Any], device: torch.device, sample_ms: float = 2
 
 def summary(samples: Sequence[float]) -> Dict[str, Any]:
     """Median, first and third quartile, in milliseconds, of the samples, which come with them."""
-    q25, median, q75 = torch.tensor(samples, dtype=torch.float64).quantile(
-        torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)).tolist()
+    q25, median, q75 = statistics.quantiles(samples, n=4, method='inclusive') if len(samples) > 1 else [*samples] * 3
     return {'median_ms': median, 'q25_ms': q25, 'q75_ms': q75, 'samples_ms': [*samples]}
 
 
@@ -725,7 +725,7 @@ def bytes_ratio(case: str, contender: str, baseline: str):
     def measure(report):
         cases = {row['case'] for row in report['rows'] if row['case'].startswith(case)}
         rows = [[find(report, 'memory', full, name) for name in (contender, baseline)] for full in cases]
-        return [('', one['bytes'] / other['bytes']) for one, other in rows if 'bytes' in one and 'bytes' in other]
+        return [('', one['bytes'] / other['bytes']) for one, other in rows if 'bytes' in one and other.get('bytes')]
     return measure
 
 
@@ -820,21 +820,28 @@ def format_tables(report: Dict[str, Any]) -> str:
                 for kind in kinds:
                     line += time_cells(row, base, kind)
             table.append(line)
-        lines += [*aligned(table), '']
+        lines += [*aligned(table), *reasons(rows), '']
     weighed = [row for row in report['rows'] if row['section'] == 'memory']
     if weighed:
         lines += aligned([['memory', '', 'MiB']] + [
-            [row['case'], row['contender'], f'{row["bytes"] / 2 ** 20:,.1f}' if 'bytes' in row else row['error']]
+            [row['case'], row['contender'], f'{row["bytes"] / 2 ** 20:,.1f}' if 'bytes' in row else 'error']
             for row in weighed])
+        lines += reasons(weighed)
     return '\n'.join(lines).rstrip()
+
+
+def reasons(rows: Sequence[Dict[str, Any]]) -> List[str]:
+    """Why there is nothing in some cells of a table."""
+    return [
+        f'  {why.replace("_", " ")}: {row["contender"]} {row["phase"]}: {row[why]}'
+        for row in rows for why in ('skipped', 'error', 'graph_error') if why in row]
 
 
 def time_cells(row: Dict[str, Any], base: Dict[str, Any], kind: str) -> Tuple[str, str]:
     """Time and ratio as they stand in a table."""
     if kind not in row:
-        if kind == 'call':
-            return next((f'{why}: {row[why]}' for why in ('skipped', 'error') if why in row), ''), ''
-        return row.get('graph_error', ''), ''
+        missing = ('skipped', 'error') if kind == 'call' else ('graph_error',)
+        return next((why.replace('graph_', '') for why in missing if why in row), ''), ''
     times = row[kind]
     ratio = f'{times["median_ms"] / base[kind]["median_ms"]:.2f}' if kind in base else ''
     median, q25, q75 = (
