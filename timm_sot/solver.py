@@ -72,6 +72,14 @@ def compute_dtype(x: torch.Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
+def operators_work() -> bool:
+    """Whether what is running now can deal with operators of ours: traces and ONNX files are to run without this
+    package, and torch.func cannot differentiate them.
+    """
+    return not (
+        torch.jit.is_tracing() or torch.onnx.is_in_onnx_export() or torch._C._are_functorch_transforms_active())
+
+
 def solve(
         log_kernel: torch.Tensor,
         iters: int,
@@ -89,7 +97,7 @@ def solve(
     log_c = log_r + math.log(N) - math.log(M)
     if torch.jit.is_scripting():
         return solve_step_by_step(log_kernel, iters, tol, log_r, log_c)
-    elif tol is not None or torch.jit.is_tracing() or torch.onnx.is_in_onnx_export():
+    elif tol is not None or not operators_work():
         return solve_step_by_step(log_kernel, iters, tol, log_r, log_c)
     else:
         return kernel.sinkhorn(log_kernel, iters, log_r, log_c, kernel.scaling_is_safe(spread, log_kernel.dtype))

@@ -12,8 +12,8 @@ from typing import ContextManager, Optional
 
 import torch
 
-from .kernels.distance import euclidean_distance
-from .solver import check_sinkhorn_args, compute_dtype, solve
+from .kernels.distance import distance_by_product, euclidean_distance
+from .solver import check_sinkhorn_args, compute_dtype, operators_work, solve
 
 __all__ = ['self_optimal_transport']
 
@@ -174,10 +174,12 @@ def pairwise_distance(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     # cdist not through a matrix product: |x|^2 + |y|^2 - 2xy cancels, and equal points would not have distance 0
     if torch.jit.is_scripting():
         return torch.cdist(x, y, compute_mode='donot_use_mm_for_euclid_dist')
-    elif torch.jit.is_tracing() or torch.onnx.is_in_onnx_export():
-        return torch.cdist(x, y, compute_mode='donot_use_mm_for_euclid_dist')
-    else:
+    elif operators_work():
         return euclidean_distance(x, y)
+    elif torch.onnx.is_in_onnx_export():  # has no cdist
+        return distance_by_product(x, y)
+    else:
+        return torch.cdist(x, y, compute_mode='donot_use_mm_for_euclid_dist')
 
 
 def unit_rows(x: torch.Tensor) -> torch.Tensor:

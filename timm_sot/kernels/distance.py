@@ -8,7 +8,7 @@ from typing import Tuple
 
 import torch
 
-__all__ = ['euclidean_distance']
+__all__ = ['distance_by_product', 'euclidean_distance']
 
 # Squared distances below this part of |x|^2 + |y|^2, about the mean, are rounding errors of float64: distances of less
 # than half a unit of float32 in the last place.
@@ -20,16 +20,7 @@ def euclidean_distance(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     """||x_i - y_j||_2 of points (..., N, D), (..., M, D) in float32 or float64, to (..., N, M)."""
     if x.dtype == torch.float64 or x.device.type != 'cpu':
         return torch.cdist(x, y, compute_mode='donot_use_mm_for_euclid_dist')
-    y = y.double()
-    mean = y.mean(dim=-2, keepdim=True)
-    x, y = x - mean, y - mean
-    # (..., N, M) in float64 is passed over as little as possible
-    xx, yy = (z.square().sum(dim=-1, keepdim=True) for z in (x, y))
-    one = torch.ones_like(xx)
-    square = torch.cat([-2. * x, xx, one], dim=-1) @ torch.cat([y, torch.ones_like(yy), yy], dim=-1).transpose(-2, -1)
-    square = square.float()
-    square = square.masked_fill_(square <= NEGLIGIBLE * (xx.float() + yy.float().transpose(-2, -1)), 0.)
-    return square.sqrt_()
+    return distance_by_product(x, y)
 
 
 @euclidean_distance.register_fake
@@ -75,3 +66,17 @@ def _refuse(ctx, *grads):
 
 euclidean_distance.register_autograd(_differentiate, setup_context=_setup_context)
 euclidean_distance_backward.register_autograd(_refuse)
+
+
+def distance_by_product(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """The same in operations that every format knows, for float32; its derivative at 0 is infinite."""
+    y = y.double()
+    mean = y.mean(dim=-2, keepdim=True)
+    x, y = x - mean, y - mean
+    # (..., N, M) in float64 is passed over as little as possible
+    xx, yy = (z.square().sum(dim=-1, keepdim=True) for z in (x, y))
+    one = torch.ones_like(xx)
+    square = torch.cat([-2. * x, xx, one], dim=-1) @ torch.cat([y, torch.ones_like(yy), yy], dim=-1).transpose(-2, -1)
+    square = square.float()
+    square = square.masked_fill(square <= NEGLIGIBLE * (xx.float() + yy.float().transpose(-2, -1)), 0.)
+    return square.sqrt()
