@@ -29,15 +29,17 @@ def report(tiny):
 
 def fake_report(*rows, device_type='cpu'):
     about = {
-        'device': f'a {device_type}', 'device_type': device_type, 'threads': 1, 'cores': 2, 'load': 0.5, 'dtype': 'float32',
-        'quick': False, 'versions': {'torch': '2.5'}, 'commit': 'abc', 'date': '2026-11-23T00:00:00+00:00', 'seconds': 1.}
+        'device': f'a {device_type}', 'device_type': device_type, 'threads': 1, 'cores': 2, 'load': 0.5,
+        'dtype': 'float32', 'quick': False, 'versions': {'torch': '2.5'}, 'commit': 'abc',
+        'date': '2026-11-23T00:00:00+00:00', 'seconds': 1.}
     return {'about': about, 'rows': list(rows), 'bars': []}
 
 
 def fake_row(section, case, phase, contender, baseline='', **result):
     for kind in ('call', 'graph'):
         if kind in result:
-            result[kind] = {'calls': 1, **bench.summary([result[kind]])}
+            samples = result[kind] if isinstance(result[kind], list) else [result[kind]]
+            result[kind] = {'calls': 1, **bench.summary(samples)}
     return dict(section=section, case=case, phase=phase, baseline=baseline, contender=contender, **result)
 
 
@@ -56,7 +58,8 @@ def test_contenders_of_the_core_agree():
     softmax = bench.eager_softmax(q, k, v)
     assert torch.allclose(softmax, torch.nn.functional.scaled_dot_product_attention(q, k, v), atol=1e-5)
     for variant in set(VARIANTS) - {'softmax'}:
-        assert torch.allclose(bench.sot_core(variant)(q, k, v), bench.unfused_core(variant)(q, k, v), atol=1e-4), variant
+        out, expected = bench.sot_core(variant)(q, k, v), bench.unfused_core(variant)(q, k, v)
+        assert torch.allclose(out, expected, atol=1e-4), variant
 
 
 def test_sinkhorn_contenders_agree():
@@ -191,9 +194,9 @@ def test_flow_on_cuda(monkeypatch):
         log.append('refuses')
 
     monkeypatch.setattr(bench, 'captured', captured)
-    results = bench.time_interleaved(
-        [Contender('a', lambda: log.append('call')), Contender('b', refuses), Contender('c', lambda: None, graph=False)],
-        cuda, 0., (2, 2))
+    contenders = [
+        Contender('a', lambda: log.append('call')), Contender('b', refuses), Contender('c', lambda: None, graph=False)]
+    results = bench.time_interleaved(contenders, cuda, 0., (2, 2))
     assert log[-6:] == ['call', 'graph', 'refuses'] * 2
     assert set(results['a']) == {'first_s', 'call', 'graph'}
     assert set(results['b']) == {'first_s', 'call', 'graph_error'} and set(results['c']) == {'first_s', 'call'}
@@ -277,14 +280,16 @@ def test_bars():
     step = ('step', f'batch {bench.BATCH} float32', 'training step')
     core = ('core', bench.CPU_CORE, bench.TRAIN)
     cpu = fake_report(
-        fake_row(*core, 'softmax', 'softmax', call=10.), fake_row(*core, 'sot_qk', 'softmax', call=15.),
+        fake_row(*core, 'softmax', 'softmax', call=[10., 10., 20.]),  # the median counts, spread is by round
+        fake_row(*core, 'sot_qk', 'softmax', call=[15., 14., 20.]),
         fake_row(*core, 'original', 'softmax', call=120.),
         fake_row(*step, 'cct_2', call=100.), fake_row(*step, 'cct_2_sot_qk', call=111.),
         fake_row('memory', 'saved for backward 1 float32', '', 'sot_qk iters=1', bytes=100),
         fake_row('memory', 'saved for backward 1 float32', '', 'sot_qk iters=100', bytes=125))
     states = [(row['measured'], row['state']) for row in bench.bar_rows([cpu])]
     assert states == [
-        ('1.50x', 'met'), ('8.00x faster', 'not met'), ('1.11x', 'not met'), ('1.25x', 'met'),
+        ('1.50x (1.20-1.45, n = 3)', 'met'), ('8.00x faster (8.00-8.00, n = 1)', 'not met'),
+        ('1.11x (1.11-1.11, n = 1)', 'not met'), ('1.25x', 'met'),
         *[('', 'not measured')] * 4]
 
     core = ('core', bench.CUDA_CORE, bench.TRAIN)
@@ -297,10 +302,12 @@ def test_bars():
         fake_row('memory', 'one step', '', 'sot_qk N=65536', error='OutOfMemoryError: no'), device_type='cuda')
     rows = bench.bar_rows([cpu, cuda])
     assert [(row['measured'], row['state']) for row in rows[4:]] == [
-        ('1.20x call, 1.60x graph', 'not met'), ('', 'not measured'), ('', 'not measured'), ('32,768', 'met')]
+        ('1.20x call (1.20-1.20, n = 1), 1.60x graph (1.60-1.60, n = 1)', 'not met'),
+        ('', 'not measured'), ('', 'not measured'), ('32,768', 'met')]
     assert rows[0]['on'] == 'a cpu' and rows[4]['on'] == 'a cuda' and rows[5]['on'] == 'CUDA'
     markdown = bench.bar_table([cpu, cuda], markdown=True).splitlines()
-    assert markdown[1] == '| --- | --- | --- | --- | --- | --- |' and markdown[2].endswith('| 1.50x | met |')
+    assert markdown[1] == '| --- | --- | --- | --- | --- | --- |'
+    assert markdown[2].endswith('| 1.50x (1.20-1.45, n = 3) | met |')
     assert sum(line.startswith('| ') for line in markdown) == 10
 
 
@@ -309,8 +316,8 @@ def test_table_of_a_fake_cuda_run():
     lines = bench.format_tables(fake_report(
         fake_row(*core, 'sdpa', 'sdpa', call=2., graph=1.), fake_row(*core, 'sot_qk', 'sdpa', call=3., graph=1.25),
         fake_row(*core, 'softmax', 'sdpa', call=4., graph_error='RuntimeError: no'),
-        fake_row(*core, 'original', 'sdpa', skipped='about 9 s a call'))).splitlines()
-    assert lines[0].split() == ['core', 'x', 'forward+backward,', 'ms', 'ratio', 'as', 'graph,', 'ms', 'ratio']
+        fake_row(*core, 'original', 'sdpa', skipped='about 9 s a call'))).splitlines()[2:]
+    assert lines[0].split() == 'core x forward+backward, n = 1 ratio as CUDA graph ratio'.split()
     assert lines[2].split() == ['sot_qk', '3', '(3-3)', '1.50', '1.25', '(1.25-1.25)', '1.25']
     assert lines[3].endswith('2.00   error') and lines[4].split() == ['original', 'skipped']
     assert lines[5:] == [

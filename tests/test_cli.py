@@ -51,7 +51,8 @@ def test_user_errors(capsys, args, message):
 
 def test_help(capsys):
     assert main(['--help']) == 0
-    assert 'study' in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert 'study' in printed and 'bench' in printed
     assert main(['study', '--help']) == 0
     assert '--model-kwargs' in capsys.readouterr().out
 

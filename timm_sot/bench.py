@@ -1,7 +1,7 @@
 """ What SOT attention costs, beside softmax attention and the form of the original experiments
 
-Everything is timed in one run and interleaved: in each round every contender of a group runs once, so that whatever else
-the machine does hits all of them. A group's table shows medians with the first and third quartile, and ratios of
+Everything is timed in one run and interleaved: in each round every contender of a group runs once, so that whatever
+else the machine does hits all of them. A group's table shows medians with the first and third quartile, and ratios of
 medians. On CUDA each contender is timed twice, as called from Python (`call`) and as the replay of a CUDA graph, from
 which the launch overhead is gone (`graph`).
 """
@@ -46,7 +46,7 @@ SAVED_SHAPE = (1, 2, 1024)
 LARGEST = 2 ** 16
 BATCH = 128
 
-SECONDS, QUICK_SECONDS = 110., 7.  # of timing; warm-up and compilation come on top
+SECONDS, QUICK_SECONDS = 110., 4.  # of timing; warm-up and compilation come on top
 TIME_LIMIT = 200.  # seconds after which no further group is begun
 ROUNDS, QUICK_ROUNDS = (3, 50), (2, 5)  # fewest and most of a group
 SLOWEST_CALL = 3.  # seconds: what is predicted to take longer is skipped
@@ -63,14 +63,14 @@ class Contender(NamedTuple):
 
 
 class Group(NamedTuple):
-    """Contenders that do the same work, timed together; `build` makes them, with their inputs, when their turn comes."""
+    """Contenders that do the same work, timed together."""
     section: str
     case: str
     phase: str
     baseline: str  # the contender that the ratios are to
     elements: int  # size of the work: entries of the matrices, to predict the time of larger groups
     weight: float  # share of the run's time
-    build: Callable[[], List[Contender]]
+    build: Callable[[], List[Contender]]  # called when their turn comes: it makes the inputs
 
 
 # What is compared
@@ -233,7 +233,8 @@ def sinkhorn_group(B: int, N: int, phase: str, device: torch.device, weight: flo
 def points_group(N: int, device: torch.device, weight: float) -> Group:
     """Points to a solution, 10 iterations with squared Euclidean costs: all that flash-sinkhorn solves.
 
-    flash-sinkhorn ends with the potentials, ours with the plan; ours has to build the log-kernel first.
+    flash-sinkhorn, in its default TF32, ends with the potentials, ours in float32 with the plan, and ours has to build
+    the log-kernel first.
     """
     def build():
         x, y = randn(2, N, D, device=device) / D ** 0.5
@@ -389,15 +390,24 @@ def calls_of(call: Callable[[], Any], device: torch.device, sample_ms: float = 2
 
 def summary(samples: Sequence[float]) -> Dict[str, Any]:
     """Median, first and third quartile, in milliseconds, of the samples, which come with them."""
-    q25, median, q75 = statistics.quantiles(samples, n=4, method='inclusive') if len(samples) > 1 else [*samples] * 3
+    q25, median, q75 = quartiles(samples)
     return {'median_ms': median, 'q25_ms': q25, 'q75_ms': q75, 'samples_ms': [*samples]}
+
+
+def quartiles(samples: Sequence[float]) -> List[float]:
+    return statistics.quantiles(samples, n=4, method='inclusive') if len(samples) > 1 else [*samples] * 3
 
 
 def one_line(error: BaseException) -> str:
     return f'{type(error).__name__}: {(str(error).splitlines() or [""])[0]}'[:200]
 
 
-def reason_to_skip(contender: Contender, group: Group, rates: Dict[Tuple[str, ...], float], device: torch.device) -> str:
+def reason_to_skip(
+        contender: Contender,
+        group: Group,
+        rates: Dict[Tuple[str, ...], float],
+        device: torch.device,
+) -> str:
     """Why a call would take too long or too much memory, judged by its time per element in smaller groups."""
     seconds = rates.get((group.section, group.phase, contender.name), 0.) * group.elements
     if seconds > SLOWEST_CALL:
@@ -413,8 +423,9 @@ def free_memory(device: torch.device) -> Optional[int]:
     if device.type == 'cuda':
         return torch.cuda.mem_get_info(device)[0]
     try:
-        return os.sysconf('SC_AVPHYS_PAGES') * os.sysconf('SC_PAGE_SIZE')
-    except (AttributeError, ValueError, OSError):
+        with open('/proc/meminfo') as f:
+            return next(int(line.split()[1]) * 1024 for line in f if line.startswith('MemAvailable'))
+    except (OSError, StopIteration):
         return None
 
 
@@ -453,7 +464,7 @@ def time_group(
 # Memory
 
 def saved_bytes(fn: Callable[..., torch.Tensor], inputs: Sequence[torch.Tensor]) -> Tuple[int, int]:
-    """Bytes of the distinct storages that autograd keeps for the backward pass of `fn`, and of those not its inputs'."""
+    """Bytes of the storages that autograd keeps for the backward pass of `fn`, with and without those of its inputs."""
     storages = {}
 
     def pack(tensor):
@@ -692,7 +703,7 @@ def load_reports(paths: Sequence[str]) -> List[Dict[str, Any]]:
 # Tables
 
 class Bar(NamedTuple):
-    """What issue 3 asks for; `measure` finds it in a report, as (how, value) pairs of which the worst counts."""
+    """A bar to clear; `measure` finds its values in a report, of which the worst counts."""
     what: str
     on: str  # device type, '' for any
     bar: str
@@ -700,7 +711,14 @@ class Bar(NamedTuple):
     limit: float
     at_least: bool
     unit: str
-    measure: Callable[[Dict[str, Any]], List[Tuple[str, float]]]
+    measure: Callable[[Dict[str, Any]], List['Measured']]
+
+
+class Measured(NamedTuple):
+    """A value, and how it was got where there is more than one way."""
+    value: float
+    how: str = ''
+    spread: str = ''
 
 
 def find(report: Dict[str, Any], section: str, case: str, contender: str, phase: str = '') -> Dict[str, Any]:
@@ -711,12 +729,17 @@ def find(report: Dict[str, Any], section: str, case: str, contender: str, phase:
 
 
 def times_ratio(section: str, case: str, phase: str, contender: str, baseline: str):
-    """Median of the contender over that of the baseline, called and as a graph."""
+    """Median of the contender over that of the baseline, called and as a graph, and the quartiles over the rounds."""
     def measure(report):
         one, other = (find(report, section, case, name, phase) for name in (contender, baseline))
-        return [
-            (kind, one[kind]['median_ms'] / other[kind]['median_ms'])
-            for kind in ('call', 'graph') if kind in one and kind in other]
+        values = []
+        for kind in ('call', 'graph'):
+            if kind in one and kind in other:
+                rounds = [a / b for a, b in zip(one[kind]['samples_ms'], other[kind]['samples_ms'])]
+                q25, _, q75 = quartiles(rounds)
+                values.append(Measured(
+                    one[kind]['median_ms'] / other[kind]['median_ms'], kind, f'{q25:.2f}-{q75:.2f}, n = {len(rounds)}'))
+        return values
     return measure
 
 
@@ -725,14 +748,14 @@ def bytes_ratio(case: str, contender: str, baseline: str):
     def measure(report):
         cases = {row['case'] for row in report['rows'] if row['case'].startswith(case)}
         rows = [[find(report, 'memory', full, name) for name in (contender, baseline)] for full in cases]
-        return [('', one['bytes'] / other['bytes']) for one, other in rows if 'bytes' in one and other.get('bytes')]
+        return [Measured(one['bytes'] / other['bytes']) for one, other in rows if 'bytes' in one and other.get('bytes')]
     return measure
 
 
-def largest_trained(report: Dict[str, Any]) -> List[Tuple[str, float]]:
+def largest_trained(report: Dict[str, Any]) -> List[Measured]:
     """Tokens of the longest sequence that was trained."""
     trained = [row['N'] for row in report['rows'] if 'N' in row]
-    return [('', max(trained))] if trained else []
+    return [Measured(max(trained))] if trained else []
 
 
 CPU_CORE, CUDA_CORE = '128x2x64x64 float32', '1024x2x64x64 bfloat16'
@@ -762,13 +785,15 @@ def bar_rows(reports: Sequence[Dict[str, Any]]) -> List[Dict[str, Any]]:
         measured = ((report, bar.measure(report)) for report in reports
                     if bar.on in ('', report['about']['device_type']))
         report, values = next(((report, values) for report, values in measured if values), (None, []))
-        row = {'what': bar.what, 'on': bar.on.upper() or 'any', 'bar': bar.bar, 'aim': bar.aim, 'values': dict(values)}
+        row = {'what': bar.what, 'on': bar.on.upper() or 'any', 'bar': bar.bar, 'aim': bar.aim}
+        row['values'] = {how: value for value, how, _ in values}
         if values:
-            worst = (min if bar.at_least else max)(value for _, value in values)
+            worst = (min if bar.at_least else max)(row['values'].values())
             met = worst >= bar.limit if bar.at_least else worst <= bar.limit
             row.update(on=report['about']['device'], state='met' if met else 'not met', measured=', '.join(
-                (f'{value:.2f}' if bar.unit else f'{value:,}') + bar.unit + (f' {how}' if len(values) > 1 else '')
-                for how, value in values))
+                (f'{value:.2f}{bar.unit}' if bar.unit else f'{value:,}')
+                + (f' {how}' if len(values) > 1 else '') + (f' ({spread})' if spread else '')
+                for value, how, spread in values))
         else:
             row.update(state='not measured', measured='')
         rows.append(row)
@@ -801,16 +826,20 @@ def describe(report: Dict[str, Any]) -> str:
 
 def format_tables(report: Dict[str, Any]) -> str:
     """Times with their ratios, and memory."""
-    lines = []
-    timed = [row for row in report['rows'] if row['section'] != 'memory']
-    for section, case in dict.fromkeys((row['section'], row['case']) for row in timed):
-        rows = [row for row in timed if (row['section'], row['case']) == (section, case)]
+    lines = ['Medians in milliseconds (first to third quartile) of n interleaved rounds, and ratios of medians.', '']
+    for section, case in dict.fromkeys((row['section'], row['case']) for row in report['rows']):
+        rows = [row for row in report['rows'] if (row['section'], row['case']) == (section, case)]
+        if section == 'memory':
+            continue
         phases = sorted({row['phase'] for row in rows})
         names = dict.fromkeys(row['contender'] for row in rows)
         kinds = [kind for kind in ('call', 'graph') if any(kind in row for row in rows)] or ['call']
-        table = [[f'{section} {case}', *(
-            head for phase in phases for kind in kinds for head in (
-                f'{phase}, ms' if kind == 'call' else 'as graph, ms', 'ratio'))]]
+        table = [[f'{section} {case}']]
+        for phase in phases:
+            timed = [row['call']['samples_ms'] for row in rows if row['phase'] == phase and 'call' in row]
+            n = max(map(len, timed), default=0)
+            for kind in kinds:
+                table[0] += [f'{phase}, n = {n}' if kind == 'call' else 'as CUDA graph', 'ratio']
         for name in names:
             path = next((row['path'] for row in rows if row['contender'] == name and 'path' in row), '')
             line = [f'{name} [{path}]' if path else name]
