@@ -5,16 +5,23 @@ an operator of its own. The modules that implement them are imported when they a
 not everywhere.
 """
 import functools
+import importlib
 import importlib.util
 from types import ModuleType
 from typing import Optional, Tuple
 
 import torch
 
+from . import cpu
+
 __all__ = ['choose_path', 'fused_sot_attention']
 
-MAX_HEAD_WIDTH = 128  # beyond, the tiles of the Triton kernels do not fit on a chip
+HAS_CPU = cpu.available()
+HAS_TRITON = torch.version.cuda is not None and importlib.util.find_spec('triton') is not None
+
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+ONCHIP_MAX_TOKENS = 128  # above, an N x N matrix in float32 no longer fits into the registers of one program
+TRITON_MAX_WIDTH = 128  # above, nor do the queries, keys and values of a tile into its memory
 
 
 def choose_path(
@@ -38,36 +45,15 @@ def choose_path(
     """
     if tol is not None or dtype not in DTYPES:
         return 'eager'
-    if device.type == 'cuda' and head_width <= MAX_HEAD_WIDTH and _triton_runs(device):
-        return 'onchip' if tokens <= _max_tokens('onchip') else 'streamed'
-    if device.type == 'cpu' and _cpu_runs() and tokens <= _max_tokens('cpu'):
-        return 'cpu'
+    if device.type == 'cuda':
+        # Triton's tensor cores begin with Ampere
+        if HAS_TRITON and head_width <= TRITON_MAX_WIDTH and torch.cuda.is_available() and (
+                torch.cuda.get_device_properties(device).major >= 8):
+            return 'onchip' if tokens <= ONCHIP_MAX_TOKENS else 'streamed'
+    elif device.type == 'cpu':
+        if HAS_CPU and tokens <= cpu.MAX_TOKENS:
+            return 'cpu'
     return 'eager'
-
-
-@torch.compiler.assume_constant_result
-@functools.lru_cache(maxsize=None)
-def _triton_runs(device: torch.device) -> bool:
-    """Whether Triton is installed and compiles for this GPU: NVIDIA's from Ampere on."""
-    return (
-        torch.version.cuda is not None
-        and torch.cuda.is_available()
-        and torch.cuda.get_device_capability(device) >= (8, 0)
-        and importlib.util.find_spec('triton') is not None
-    )
-
-
-@torch.compiler.assume_constant_result
-def _cpu_runs() -> bool:
-    try:
-        return _implementation('cpu').available()
-    except ModuleNotFoundError:
-        return False
-
-
-@torch.compiler.assume_constant_result
-def _max_tokens(path: str) -> int:
-    return _implementation(path).MAX_TOKENS
 
 
 @functools.lru_cache(maxsize=None)

@@ -20,15 +20,11 @@ import triton
 import triton.language as tl
 
 __all__ = [
-    'MAX_TOKENS',
     'sot_attention_forward',
     'sot_attention_forward_fake',
     'sot_attention_backward',
     'sot_attention_backward_fake',
 ]
-
-# Above this an N x N matrix in float32 no longer fits into the registers of one program.
-MAX_TOKENS = 128
 
 # Costs are in [0, 1], so log-kernel entries are in [-1 / reg, 0]; with a masked diagonal the scaling vectors span up to
 # a few times exp(1 / reg). Float32 ends at exp(88): exp(4 / reg) is inside.
@@ -456,7 +452,7 @@ def sot_attention_forward(
         seed: Optional[torch.Tensor] = None,
         distance: str = 'euclidean',
 ) -> Tuple[torch.Tensor, torch.Tensor]:
-    """SOT attention of queries, keys and values, each (B, H, N, D) with N <= MAX_TOKENS and any strides.
+    """SOT attention of queries, keys and values, each (B, H, N, D) with N <= 128 and any strides.
 
     Args:
         q: Queries.
