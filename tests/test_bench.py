@@ -264,7 +264,7 @@ def test_sections(tiny):
     seen = []
     report = bench.run_bench(CPU, torch.bfloat16, True, ['memory'], lambda report: seen.append(len(report['rows'])))
     assert {row['section'] for row in report['rows']} == {'memory'}
-    assert seen == [2]
+    assert seen == [1, 2]
     assert 'bfloat16' in report['rows'][0]['case'] and report['about']['quick']
 
 
@@ -309,6 +309,13 @@ def test_bars():
     assert markdown[1] == '| --- | --- | --- | --- | --- | --- |'
     assert markdown[2].endswith('| 1.50x (1.20-1.45, n = 3) | met |')
     assert sum(line.startswith('| ') for line in markdown) == 10
+
+
+def test_a_busy_machine_is_mentioned():
+    report = fake_report()
+    assert 'busy' not in bench.bar_table([report])
+    report['about']['load'] = 1.5
+    assert 'busy' in bench.bar_table([report])
 
 
 def test_table_of_a_fake_cuda_run():

@@ -446,19 +446,19 @@ def time_group(
         late: bool = False,
 ) -> List[Dict[str, Any]]:
     """The rows of a group; what they tell of the time per element is added to `rates`. Nothing is timed if `late`."""
-    about = {'section': group.section, 'case': group.case, 'phase': group.phase, 'baseline': group.baseline}
+    head = {'section': group.section, 'case': group.case, 'phase': group.phase, 'baseline': group.baseline}
     if late:
-        return [{**about, 'contender': 'all', 'skipped': f'{TIME_LIMIT:.0f} s are over: try --only {group.section}'}]
+        return [{**head, 'contender': 'all', 'skipped': f'{TIME_LIMIT:.0f} s are over: try --only {group.section}'}]
     try:
         contenders = [
             c if c.skipped else c._replace(skipped=reason_to_skip(c, group, rates, device)) for c in group.build()]
         results = time_interleaved(contenders, device, seconds, rounds)
     except Exception as e:
-        return [{**about, 'contender': 'all', 'error': one_line(e)}]
+        return [{**head, 'contender': 'all', 'error': one_line(e)}]
     for name, result in results.items():
         if 'call' in result and group.elements:
             rates[group.section, group.phase, name] = result['call']['median_ms'] / 1e3 / group.elements
-    return [{**about, 'contender': name, **result} for name, result in results.items()]
+    return [{**head, 'contender': name, **result} for name, result in results.items()]
 
 
 # Memory
@@ -514,11 +514,11 @@ def train_once(N: int, dtype: torch.dtype, device: torch.device) -> None:
 def memory_rows(dtype: torch.dtype, device: torch.device) -> Iterator[Dict[str, Any]]:
     """What autograd keeps; on CUDA also the peak and the most tokens that can be trained."""
     def row(case, contender, measure):
-        about = {'section': 'memory', 'case': case, 'phase': '', 'baseline': '', 'contender': contender}
+        head = {'section': 'memory', 'case': case, 'phase': '', 'baseline': '', 'contender': contender}
         try:
-            return {**about, **measure()}
+            return {**head, **measure()}
         except Exception as e:  # out of memory too
-            return {**about, 'error': one_line(e)}
+            return {**head, 'error': one_line(e)}
         finally:
             release(device)
 
@@ -594,7 +594,7 @@ def run_bench(
         dtype: Of the attention core; None for float32 on a CPU, bfloat16 on CUDA.
         quick: Fewer shapes and rounds, to see that it works.
         sections: Some of `SECTIONS`.
-        on_progress: Called after each group with the report so far.
+        on_progress: Called with the report so far whenever there is more of it.
 
     Returns:
         A report, ready for JSON: `about` (device, versions, ...), `rows` (everything measured), `bars`.
@@ -602,7 +602,8 @@ def run_bench(
     if device.type not in CORE_SHAPES:
         raise StudyError(f'timm-sot bench times cpu and cuda, not {device.type!r}.')
     if device.type == 'cuda':
-        torch.cuda.set_device(device if device.index is not None else torch.cuda.current_device())
+        device = torch.device('cuda', torch.cuda.current_device() if device.index is None else device.index)
+        torch.cuda.set_device(device)
     dtype = dtype or (torch.bfloat16 if device.type == 'cuda' else torch.float32)
     try:
         from tqdm import tqdm
@@ -622,7 +623,6 @@ def run_bench(
         report['bars'] = bar_rows([report])
         report['about']['seconds'] = round(time.perf_counter() - start, 1)
         on_progress(report)
-        bar.update()
 
     with tqdm(total=len(groups) + ('memory' in sections), unit='group') as bar:
         for group in groups:
@@ -631,9 +631,12 @@ def run_bench(
             add(time_group(
                 group, device, seconds * group.weight / total, QUICK_ROUNDS if quick else ROUNDS, rates, late))
             release(device)
+            bar.update()
         if 'memory' in sections:
             bar.set_description('memory')
-            add([*memory_rows(dtype, device)])
+            for row in memory_rows(dtype, device):
+                add([row])
+            bar.update()
     return report
 
 
@@ -813,7 +816,7 @@ def bar_table(reports: Sequence[Dict[str, Any]], markdown: bool = False) -> str:
 
 
 def describe(report: Dict[str, Any]) -> str:
-    """Where a report comes from, in a line."""
+    """Where a report comes from, and whether it was a good place."""
     about = report['about']
     parts = [about['device'], f'{about["threads"]} of {about["cores"]} CPU threads']
     if about['load'] is not None:
@@ -821,7 +824,10 @@ def describe(report: Dict[str, Any]) -> str:
     parts += [f'{name} {version}' for name, version in about['versions'].items() if version]
     parts += [f'commit {about["commit"]}'] if about['commit'] else []
     parts += [about['date'][:10], '--quick'] if about['quick'] else [about['date'][:10]]
-    return ', '.join(parts)
+    line = ', '.join(parts)
+    if about['load'] is not None and about['load'] > about['cores'] / 2:
+        line += '\nThe processor was busy with something else: times, and ratios too, differ on an idle one.'
+    return line
 
 
 def format_tables(report: Dict[str, Any]) -> str:
