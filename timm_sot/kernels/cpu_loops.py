@@ -552,7 +552,7 @@ def _load_points(flat, start, stride, x, transposed, N, D, through_transpose):
 @_jit(error_model='numpy')
 def forward(
         first, last, heads, q, q_strides, k, k_strides, v, v_strides, out, out_strides, saved, seed,
-        N, D, iters, reg, scale, drop_below, keep_factor, own, through_transpose, cosine, softmax, log, dropout):
+        N, D, iters, reg, scale, drop_below, keep_factor, own, through_transpose, cosine, softmax, log, keep, dropout):
     """Problems `first` to `last` of `cpu.sot_attention_forward`."""
     # each allocated by itself: numba does not know that parts of an array are contiguous
     R, W = _padded(N), _padded(D)
@@ -562,7 +562,7 @@ def forward(
     a, b, sums, terms, inverse_norms, factor = _zeros(R), _zeros(R), _zeros(R), _zeros(R), _zeros(R), _zeros(R)
     for problem in range(first, last):
         batch, head = problem // heads, problem % heads
-        costs = scalings = saved[problem]  # N rows of costs, then the scaling vectors
+        costs = saved[problem]  # N rows of costs, then the scaling vectors
 
         start = batch * q_strides[0] + head * q_strides[1]
         _load(q, start, q_strides[2], x, N, D)
@@ -587,8 +587,9 @@ def forward(
                 _iterate_log(kernel, a, b, sums, terms, N)
             else:
                 _iterate(kernel, a, b, sums, N)
-            scalings[N + 2 * t] = a
-            scalings[N + 2 * t + 1] = b
+            if keep:
+                costs[N + 2 * t] = a
+                costs[N + 2 * t + 1] = b
         inverse_largest = _inverse(_sot(kernel, a, b, sot, N, log))
         _weights(sot, inverse_largest, weights, N, scale, softmax)
         if dropout:
@@ -605,24 +606,37 @@ def forward(
 def backward(
         first, last, heads, q, q_strides, k, k_strides, v, v_strides, grad_out, grad_out_strides, saved, seed,
         grad_q, grad_k, grad_v, grad_strides,
-        N, D, iters, reg, scale, drop_below, keep_factor, own, through_transpose, cosine, softmax, log, dropout):
+        N, D, iters, reg, scale, drop_below, keep_factor, own, through_transpose, cosine, softmax, log, keep, dropout):
     """Problems `first` to `last` of `cpu.sot_attention_backward`."""
     R, W = _padded(N), _padded(D)
     x, y, upstream, result, other = _zeros(R, W), _zeros(R, W), _zeros(R, W), _zeros(R, W), _zeros(R, W)
     transposed = _zeros(W, R)
     kernel, sot, weights, grad, scratch = _zeros(R, R), _zeros(R, R), _zeros(R, R), _zeros(R, R), _zeros(R, R)
     row_factors, column_factors = _zeros(2 * iters, R), _zeros(2 * iters, R)
-    grad_a, grad_b, sums, factor, first_b = _zeros(R), _zeros(R), _zeros(R), _zeros(R), _zeros(R)
+    rows, columns = _zeros(iters, R), _zeros(iters + 1, R)  # scaling vectors after each iteration; columns' before too
+    a, b, grad_a, grad_b, sums, factor = _zeros(R), _zeros(R), _zeros(R), _zeros(R), _zeros(R), _zeros(R)
     inverse_norms, other_inverse_norms = _zeros(R), _zeros(R)
-    first_b[:N] = ZERO if log else ONE
     for problem in range(first, last):
         batch, head = problem // heads, problem % heads
         grad_start = batch * grad_strides[0] + head * grad_strides[1]
-        costs = scalings = saved[problem]  # N rows of costs, then the scaling vectors
+        costs = saved[problem]
 
         # the matrices of the forward pass
         _kernel(costs, kernel, N, reg, log)
-        largest = _sot(kernel, scalings[N + 2 * iters - 2], scalings[N + 2 * iters - 1], sot, N, log)
+        b[:N] = ZERO if log else ONE
+        columns[0] = b
+        for t in range(iters):
+            if keep:
+                rows[t] = costs[N + 2 * t]
+                columns[t + 1] = costs[N + 2 * t + 1]
+            else:
+                if log:
+                    _iterate_log(kernel, a, b, sums, factor, N)
+                else:
+                    _iterate(kernel, a, b, sums, N)
+                rows[t] = a
+                columns[t + 1] = b
+        largest = _sot(kernel, rows[iters - 1], columns[iters], sot, N, log)
         inverse_largest = _inverse(largest)
         _weights(sot, inverse_largest, weights, N, scale, softmax)
 
@@ -642,13 +656,12 @@ def backward(
 
         _sot_backward(sot, weights, grad, inverse_largest, largest, grad_a, grad_b, N, scale, softmax)
         for t in range(iters - 1, -1, -1):
-            a, b = scalings[N + 2 * t], scalings[N + 2 * t + 1]
-            b_before = scalings[N + 2 * t - 1] if t > 0 else first_b
             if log:
-                _iterate_backward_log(kernel, a, b, b_before, grad_a, grad_b, grad, sums, N)
+                _iterate_backward_log(
+                    kernel, rows[t], columns[t + 1], columns[t], grad_a, grad_b, grad, sums, N)
             else:
                 _iterate_backward(
-                    kernel, a, b, b_before, grad_a, grad_b,
+                    kernel, rows[t], columns[t + 1], columns[t], grad_a, grad_b,
                     row_factors[2 * t], row_factors[2 * t + 1], column_factors[2 * t], column_factors[2 * t + 1],
                     sums, N)
         if not log:

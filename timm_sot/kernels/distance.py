@@ -70,13 +70,13 @@ euclidean_distance_backward.register_autograd(_refuse)
 
 def distance_by_product(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     """The same in operations that every format knows, for float32; its derivative at 0 is infinite."""
-    y = y.double()
+    dtype, y = y.dtype, y.double()
     mean = y.mean(dim=-2, keepdim=True)
     x, y = x - mean, y - mean
     # (..., N, M) in float64 is passed over as little as possible
     xx, yy = (z.square().sum(dim=-1, keepdim=True) for z in (x, y))
     one = torch.ones_like(xx)
     square = torch.cat([-2. * x, xx, one], dim=-1) @ torch.cat([y, torch.ones_like(yy), yy], dim=-1).transpose(-2, -1)
-    square = square.float()
-    square = square.masked_fill(square <= NEGLIGIBLE * (xx.float() + yy.float().transpose(-2, -1)), 0.)
+    square, xx, yy = square.to(dtype), xx.to(dtype), yy.to(dtype)
+    square = square.masked_fill(square <= NEGLIGIBLE * (xx + yy.transpose(-2, -1)), 0.)
     return square.sqrt()
