@@ -209,13 +209,44 @@ def _dropout_row(factor, seed, row, drop_below, keep_factor):
 # Steps of one problem
 
 @_jit()
-def _zeros(*shape):
-    return np.zeros(shape, np.float32)
+def _matrix(rows, columns):
+    return np.zeros((rows, columns), np.float32)
+
+
+@_jit()
+def _vector(size):
+    return np.zeros(size, np.float32)
 
 
 @_jit()
 def _padded(n):
     return (n + LANES - 1) // LANES * LANES
+
+
+# Loops where numpy would have assignments, which take numba many seconds more to compile.
+
+@_jit()
+def _fill(x, value):
+    for j in range(x.size):
+        x[j] = value
+
+
+@_jit()
+def _copy(source, target):
+    for j in range(source.size):
+        target[j] = source[j]
+
+
+@_jit()
+def _add(x, y):
+    for j in range(x.size):
+        x[j] += y[j]
+
+
+@_jit()
+def _multiply(x, y, out):
+    for j in range(x.size):
+        out[j] = x[j] * y[j]
 
 
 @_jit()
@@ -323,7 +354,7 @@ def _kernel(costs, kernel, N, reg, log):
 def _iterate(kernel, a, b, sums, N):
     """One iteration in the scaling form a = r / (K b), b = c / (K^T a), in one pass over the matrix."""
     mass = ONE / np.float32(N)
-    sums[:] = ZERO
+    _fill(sums, ZERO)
     for i in range(N):
         row = kernel[i]
         product = ZERO
@@ -341,7 +372,7 @@ def _iterate(kernel, a, b, sums, N):
 def _iterate_log(kernel, a, b, sums, terms, N):
     """One iteration on the logarithms, with one exponential per entry: the column sums reuse those of the row sums."""
     log2_mass = np.float32(-math.log2(N))
-    sums[:] = ZERO
+    _fill(sums, ZERO)
     for i in range(N):
         row = kernel[i]
         largest = MASKED
@@ -427,7 +458,7 @@ def _iterate_backward(
     for j in range(grad_b.size):
         column_factor_b[j] = count * grad_b[j] * b[j]
         column_factor_a[j] = b_before[j]
-    sums[:] = ZERO
+    _fill(sums, ZERO)
     for i in range(N):
         row = kernel[i]
         product = ZERO
@@ -448,7 +479,7 @@ def _iterate_backward(
 def _iterate_backward_log(kernel, a, b, b_before, grad_a, grad_b, grad, sums, N):
     """The same for the logarithms; the part of the gradient of the log-kernel is added to `grad`."""
     count = np.float32(N)
-    sums[:] = ZERO
+    _fill(sums, ZERO)
     for i in range(N):
         row, target = kernel[i], grad[i]
         a_i = a[i]
@@ -493,7 +524,7 @@ def _sot_backward(sot, weights, grad, inverse_largest, largest, grad_a, grad_b, 
             moment += g[j] * s[j]
             ties += ONE if s[j] == largest else ZERO
     grad_largest = -moment * inverse_largest / ties  # equal maxima share the gradient
-    grad_b[:] = ZERO
+    _fill(grad_b, ZERO)
     for i in range(N):
         s, g = sot[i], grad[i]
         total = ZERO
@@ -556,10 +587,11 @@ def forward(
     """Problems `first` to `last` of `cpu.sot_attention_forward`."""
     # each allocated by itself: numba does not know that parts of an array are contiguous
     R, W = _padded(N), _padded(D)
-    x, y, values, result = _zeros(R, W), _zeros(R, W), _zeros(R, W), _zeros(R, W)
-    y_transposed = _zeros(W, R)
-    kernel, sot, weights = _zeros(R, R), _zeros(R, R), _zeros(R, R)
-    a, b, sums, terms, inverse_norms, factor = _zeros(R), _zeros(R), _zeros(R), _zeros(R), _zeros(R), _zeros(R)
+    x, y, values, result = _matrix(R, W), _matrix(R, W), _matrix(R, W), _matrix(R, W)
+    y_transposed = _matrix(W, R)
+    kernel, sot, weights = _matrix(R, R), _matrix(R, R), _matrix(R, R)
+    a, b, sums, terms, inverse_norms, factor = _vector(R), _vector(R), _vector(R), _vector(R), _vector(R), _vector(R)
+    start_b = ZERO if log else ONE
     for problem in range(first, last):
         batch, head = problem // heads, problem % heads
         costs = saved[problem]  # N rows of costs, then the scaling vectors
@@ -581,21 +613,21 @@ def forward(
         _costs(x, y_transposed, sot, costs, N, D, cosine)
 
         _kernel(costs, kernel, N, reg, log)
-        b[:N] = ZERO if log else ONE
+        _fill(b[:N], start_b)
         for t in range(iters):
             if log:
                 _iterate_log(kernel, a, b, sums, terms, N)
             else:
                 _iterate(kernel, a, b, sums, N)
             if keep:
-                costs[N + 2 * t] = a
-                costs[N + 2 * t + 1] = b
+                _copy(a, costs[N + 2 * t])
+                _copy(b, costs[N + 2 * t + 1])
         inverse_largest = _inverse(_sot(kernel, a, b, sot, N, log))
         _weights(sot, inverse_largest, weights, N, scale, softmax)
         if dropout:
             for i in range(N):
                 _dropout_row(factor, seed[0], problem * N + i, drop_below, keep_factor)
-                weights[i] *= factor
+                _multiply(weights[i], factor, weights[i])
 
         _load(v, batch * v_strides[0] + head * v_strides[1], v_strides[2], values, N, D)
         _dot(weights, values, result, R, W, N)
@@ -609,13 +641,14 @@ def backward(
         N, D, iters, reg, scale, drop_below, keep_factor, own, through_transpose, cosine, softmax, log, keep, dropout):
     """Problems `first` to `last` of `cpu.sot_attention_backward`."""
     R, W = _padded(N), _padded(D)
-    x, y, upstream, result, other = _zeros(R, W), _zeros(R, W), _zeros(R, W), _zeros(R, W), _zeros(R, W)
-    transposed = _zeros(W, R)
-    kernel, sot, weights, grad, scratch = _zeros(R, R), _zeros(R, R), _zeros(R, R), _zeros(R, R), _zeros(R, R)
-    row_factors, column_factors = _zeros(2 * iters, R), _zeros(2 * iters, R)
-    rows, columns = _zeros(iters, R), _zeros(iters + 1, R)  # scaling vectors after each iteration; columns' before too
-    a, b, grad_a, grad_b, sums, factor = _zeros(R), _zeros(R), _zeros(R), _zeros(R), _zeros(R), _zeros(R)
-    inverse_norms, other_inverse_norms = _zeros(R), _zeros(R)
+    x, y, upstream, result, other = _matrix(R, W), _matrix(R, W), _matrix(R, W), _matrix(R, W), _matrix(R, W)
+    transposed = _matrix(W, R)
+    kernel, sot, weights, grad, scratch = _matrix(R, R), _matrix(R, R), _matrix(R, R), _matrix(R, R), _matrix(R, R)
+    row_factors, column_factors = _matrix(2 * iters, R), _matrix(2 * iters, R)
+    rows, columns = _matrix(iters, R), _matrix(iters + 1, R)  # scaling vectors after each iteration; columns' before too
+    a, b, grad_a, grad_b, sums, factor = _vector(R), _vector(R), _vector(R), _vector(R), _vector(R), _vector(R)
+    inverse_norms, other_inverse_norms = _vector(R), _vector(R)
+    start_b = ZERO if log else ONE
     for problem in range(first, last):
         batch, head = problem // heads, problem % heads
         grad_start = batch * grad_strides[0] + head * grad_strides[1]
@@ -623,19 +656,19 @@ def backward(
 
         # the matrices of the forward pass
         _kernel(costs, kernel, N, reg, log)
-        b[:N] = ZERO if log else ONE
-        columns[0] = b
+        _fill(b[:N], start_b)
+        _copy(b, columns[0])
         for t in range(iters):
             if keep:
-                rows[t] = costs[N + 2 * t]
-                columns[t + 1] = costs[N + 2 * t + 1]
+                _copy(costs[N + 2 * t], rows[t])
+                _copy(costs[N + 2 * t + 1], columns[t + 1])
             else:
                 if log:
                     _iterate_log(kernel, a, b, sums, factor, N)
                 else:
                     _iterate(kernel, a, b, sums, N)
-                rows[t] = a
-                columns[t + 1] = b
+                _copy(a, rows[t])
+                _copy(b, columns[t + 1])
         largest = _sot(kernel, rows[iters - 1], columns[iters], sot, N, log)
         inverse_largest = _inverse(largest)
         _weights(sot, inverse_largest, weights, N, scale, softmax)
@@ -647,8 +680,8 @@ def backward(
         if dropout:
             for i in range(N):
                 _dropout_row(factor, seed[0], problem * N + i, drop_below, keep_factor)
-                grad[i] *= factor
-                scratch[i] = weights[i] * factor
+                _multiply(grad[i], factor, grad[i])
+                _multiply(weights[i], factor, scratch[i])
             _dot(scratch.T, upstream, result, R, W, N)
         else:
             _dot(weights.T, upstream, result, R, W, N)
@@ -671,7 +704,8 @@ def backward(
 
         _load(q, batch * q_strides[0] + head * q_strides[1], q_strides[2], x, N, D)
         if own:
-            y[:N] = x[:N]
+            for i in range(N):
+                _copy(x[i], y[i])
         else:
             start = batch * k_strides[0] + head * k_strides[1]
             if through_transpose:
@@ -689,7 +723,8 @@ def backward(
             _pull(grad, x, y, result, R, W, N)
             _pull(grad.T, y, x, other, R, W, N)
         if own:
-            result += other
+            for i in range(N):
+                _add(result[i], other[i])
         elif through_transpose:
             _store_transposed(other, grad_k, grad_start, grad_strides[2], N, D)
         else:
