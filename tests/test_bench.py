@@ -165,6 +165,12 @@ def test_a_failing_group_is_a_row():
     assert row['error'] == 'MemoryError: too large' and row['contender'] == 'all'
 
 
+def test_skipped_after_one_slow_call(monkeypatch):
+    monkeypatch.setattr(bench, 'SLOWEST_CALL', 0.001)
+    results = bench.time_interleaved([Contender('a', lambda: time.sleep(0.01))], CPU, 0.)
+    assert results['a']['skipped'] == '0.0 s a call' and 'call' not in results['a']
+
+
 def test_skipped_where_too_slow_or_too_large(monkeypatch):
     def group(elements):
         contenders = [Contender('a', lambda: time.sleep(0.001)), Contender('b', lambda: None, matrices=1000)]
@@ -280,7 +286,7 @@ def test_bars():
     step = ('step', f'batch {bench.BATCH} float32', 'training step')
     core = ('core', bench.CPU_CORE, bench.TRAIN)
     cpu = fake_report(
-        fake_row(*core, 'softmax', 'softmax', call=[10., 10., 20.]),  # the median counts, spread is by round
+        fake_row(*core, 'softmax', 'softmax', call=[10., 10., 20.]),
         fake_row(*core, 'sot_qk', 'softmax', call=[15., 14., 20.]),
         fake_row(*core, 'original', 'softmax', call=120.),
         fake_row(*step, 'cct_2', call=100.), fake_row(*step, 'cct_2_sot_qk', call=111.),
@@ -288,7 +294,7 @@ def test_bars():
         fake_row('memory', 'saved for backward 1 float32', '', 'sot_qk iters=100', bytes=125))
     states = [(row['measured'], row['state']) for row in bench.bar_rows([cpu])]
     assert states == [
-        ('1.50x (1.20-1.45, n = 3)', 'met'), ('8.00x faster (8.00-8.00, n = 1)', 'not met'),
+        ('1.40x (1.20-1.45, n = 3)', 'met'), ('8.00x faster (8.00-8.00, n = 1)', 'not met'),
         ('1.11x (1.11-1.11, n = 1)', 'not met'), ('1.25x', 'met'),
         *[('', 'not measured')] * 4]
 
@@ -307,7 +313,7 @@ def test_bars():
     assert rows[0]['on'] == 'a cpu' and rows[4]['on'] == 'a cuda' and rows[5]['on'] == 'CUDA'
     markdown = bench.bar_table([cpu, cuda], markdown=True).splitlines()
     assert markdown[1] == '| --- | --- | --- | --- | --- | --- |'
-    assert markdown[2].endswith('| 1.50x (1.20-1.45, n = 3) | met |')
+    assert markdown[2].endswith('| 1.40x (1.20-1.45, n = 3) | met |')
     assert sum(line.startswith('| ') for line in markdown) == 10
 
 
@@ -348,6 +354,14 @@ def test_command(tiny, tmp_path, capsys):
 
     assert cli.main(['bench', '--markdown', str(path)]) == 0
     assert capsys.readouterr().out.startswith('| what | on |')
+
+
+@pytest.mark.parametrize('text', ['', '[]', '{}', '{"about": {}, "rows": []}', '{"about": {}, "rows": {"a": 1}}'])
+def test_what_is_no_report(tmp_path, text):
+    path = tmp_path / 'x.json'
+    path.write_text(text)
+    with pytest.raises(bench.StudyError, match='x.json is not a report of timm-sot bench --json: .'):
+        bench.load_reports([str(path)])
 
 
 @pytest.mark.parametrize('args, message', [

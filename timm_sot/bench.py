@@ -1,8 +1,7 @@
 """ What SOT attention costs, beside softmax attention and the form of the original experiments
 
 Everything is timed in one run and interleaved: in each round every contender of a group runs once, so that whatever
-else the machine does hits all of them. A group's table shows medians with the first and third quartile, and ratios of
-medians. On CUDA each contender is timed twice, as called from Python (`call`) and as the replay of a CUDA graph, from
+else the machine does hits all of them, and a ratio is the median of the ratios in the rounds. On CUDA each contender is timed twice, as called from Python (`call`) and as the replay of a CUDA graph, from
 which the launch overhead is gone (`graph`).
 """
 import gc
@@ -354,9 +353,12 @@ def time_interleaved(
             continue
         try:
             result['first_s'] = clock(call, 1, device) / 1e3
-            # a long call needs no second to be warm; on CUDA it was long for its compilation
-            long = device.type == 'cpu' and result['first_s'] > 0.5
-            lanes.append(Lane(name, 'call', call, 1 if long else calls_of(call, device), []))
+            long = result['first_s'] if device.type == 'cpu' else 0.  # on CUDA it was long for its compilation
+            if long > 2 * SLOWEST_CALL:
+                result['skipped'] = f'{long:.1f} s a call'
+                continue
+            # a long call needs no second one to be warm
+            lanes.append(Lane(name, 'call', call, 1 if long > 0.5 else calls_of(call, device), []))
         except Exception as e:  # whatever it is, the others are still to be timed
             result['error'] = one_line(e)
             continue
@@ -696,8 +698,8 @@ def load_reports(paths: Sequence[str]) -> List[Dict[str, Any]]:
         try:
             with open(path) as f:
                 report = json.load(f)
-            report['about'], report['rows']
-        except (OSError, ValueError, KeyError, TypeError) as e:
+            bar_table([report])
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
             raise StudyError(f'{path} is not a report of timm-sot bench --json: {one_line(e)}') from e
         reports.append(report)
     return reports
@@ -731,17 +733,21 @@ def find(report: Dict[str, Any], section: str, case: str, contender: str, phase:
         if (row['section'], row['case'], row['contender'], row['phase']) == (section, case, contender, phase)), {})
 
 
+def ratio_of(times: Dict[str, Any], base: Dict[str, Any]) -> Tuple[float, float, float, int]:
+    """Quartiles of the ratios in the rounds, and how many these are."""
+    ratios = [a / b for a, b in zip(times['samples_ms'], base['samples_ms'])]
+    return (*quartiles(ratios), len(ratios))
+
+
 def times_ratio(section: str, case: str, phase: str, contender: str, baseline: str):
-    """Median of the contender over that of the baseline, called and as a graph, and the quartiles over the rounds."""
+    """Time of the contender over that of the baseline, called and as a graph."""
     def measure(report):
         one, other = (find(report, section, case, name, phase) for name in (contender, baseline))
         values = []
         for kind in ('call', 'graph'):
             if kind in one and kind in other:
-                rounds = [a / b for a, b in zip(one[kind]['samples_ms'], other[kind]['samples_ms'])]
-                q25, _, q75 = quartiles(rounds)
-                values.append(Measured(
-                    one[kind]['median_ms'] / other[kind]['median_ms'], kind, f'{q25:.2f}-{q75:.2f}, n = {len(rounds)}'))
+                q25, median, q75, n = ratio_of(one[kind], other[kind])
+                values.append(Measured(median, kind, f'{q25:.2f}-{q75:.2f}, n = {n}'))
         return values
     return measure
 
@@ -832,7 +838,7 @@ def describe(report: Dict[str, Any]) -> str:
 
 def format_tables(report: Dict[str, Any]) -> str:
     """Times with their ratios, and memory."""
-    lines = ['Medians in milliseconds (first to third quartile) of n interleaved rounds, and ratios of medians.', '']
+    lines = ['Milliseconds, median (first to third quartile) of n interleaved rounds; median of the ratios in a round.', '']
     for section, case in dict.fromkeys((row['section'], row['case']) for row in report['rows']):
         rows = [row for row in report['rows'] if (row['section'], row['case']) == (section, case)]
         if section == 'memory':
@@ -878,7 +884,7 @@ def time_cells(row: Dict[str, Any], base: Dict[str, Any], kind: str) -> Tuple[st
         missing = ('skipped', 'error') if kind == 'call' else ('graph_error',)
         return next((why.replace('graph_', '') for why in missing if why in row), ''), ''
     times = row[kind]
-    ratio = f'{times["median_ms"] / base[kind]["median_ms"]:.2f}' if kind in base else ''
+    ratio = f'{ratio_of(times, base[kind])[1]:.2f}' if kind in base else ''
     median, q25, q75 = (
         f'{times[key]:.3g}' if times[key] < 1000 else f'{times[key]:.0f}' for key in ('median_ms', 'q25_ms', 'q75_ms'))
     return f'{median} ({q25}-{q75})', ratio
