@@ -384,13 +384,18 @@ def _backward_kernel(
 
 
 def _forward_config(block_n: int, block_d: int, dtype: torch.dtype) -> Dict[str, int]:
-    """Launch options."""
-    return dict(num_warps={16: 1, 32: 1, 64: 4, 128: 8}[block_n], num_stages=1)
+    """Launch options, the fastest on an H200. The fewer warps hold a matrix, the fewer partial sums they exchange."""
+    if dtype == torch.float32:
+        return dict(num_warps={16: 1, 32: 1, 64: 4, 128: 8}[block_n], num_stages=1)
+    return dict(num_warps={16: 1, 32: 1, 64: 1, 128: 4}[block_n], num_stages=1)
 
 
 def _backward_config(block_n: int, block_d: int, dtype: torch.dtype) -> Dict[str, int]:
-    """Launch options."""
-    return dict(num_warps={16: 1, 32: 1, 64: 4, 128: 8}[block_n], num_stages=1)
+    """Launch options, the fastest on an H200."""
+    options = dict(num_warps={16: 2, 32: 2, 64: 4, 128: 8}[block_n], num_stages=1)
+    if block_n == 64 and block_d <= 64 and dtype != torch.float32:
+        options['maxnreg'] = 168  # a few values go to memory, but three programs run at a time, not two
+    return options
 
 
 def _block_size(n: int) -> int:
