@@ -1,8 +1,9 @@
 """ What SOT attention costs, beside softmax attention and the form of the original experiments
 
 Everything is timed in one run and interleaved: in each round every contender of a group runs once, so that whatever
-else the machine does hits all of them, and a ratio is the median of the ratios in the rounds. On CUDA each contender is timed twice, as called from Python (`call`) and as the replay of a CUDA graph, from
-which the launch overhead is gone (`graph`).
+else the machine does hits all of them; a ratio is the median of the ratios in the rounds. On CUDA each contender is
+timed twice, as called from Python (`call`) and as the replay of a CUDA graph, from which the launch overhead is gone
+(`graph`).
 """
 import gc
 import importlib.metadata
@@ -838,7 +839,7 @@ def describe(report: Dict[str, Any]) -> str:
 
 def format_tables(report: Dict[str, Any]) -> str:
     """Times with their ratios, and memory."""
-    lines = ['Milliseconds, median (first to third quartile) of n interleaved rounds; median of the ratios in a round.', '']
+    lines = ['Milliseconds: median (first to third quartile) of n interleaved rounds; ratio: median over the rounds.', '']
     for section, case in dict.fromkeys((row['section'], row['case']) for row in report['rows']):
         rows = [row for row in report['rows'] if (row['section'], row['case']) == (section, case)]
         if section == 'memory':
