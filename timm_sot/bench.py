@@ -359,7 +359,7 @@ def time_interleaved(
                 result['skipped'] = f'{long:.1f} s a call'
                 continue
             # a long call needs no second one to be warm
-            lanes.append(Lane(name, 'call', call, 1 if long > 0.5 else calls_of(call, device), []))
+            lanes.append(Lane(name, 'call', call, 1 if long > 0.1 else calls_of(call, device), []))
         except Exception as e:  # whatever it is, the others are still to be timed
             result['error'] = one_line(e)
             continue
@@ -839,7 +839,7 @@ def describe(report: Dict[str, Any]) -> str:
 
 def format_tables(report: Dict[str, Any]) -> str:
     """Times with their ratios, and memory."""
-    lines = ['Milliseconds: median (first to third quartile) of n interleaved rounds; ratio: median over the rounds.', '']
+    lines = ['Milliseconds: median (first to third quartile) of n interleaved rounds; ratio: median over rounds.', '']
     for section, case in dict.fromkeys((row['section'], row['case']) for row in report['rows']):
         rows = [row for row in report['rows'] if (row['section'], row['case']) == (section, case)]
         if section == 'memory':
