@@ -40,11 +40,13 @@ def euclidean_distance_backward(
     With w = grad / distance the gradient of x_i is sum_j w_ij (x_i - y_j): with a product, a difference of sums that
     cancel for a small distance, hence float64.
     """
+    dtype = x.dtype
+    x, y = _centered(x, y)
     weights = (grad / distance.masked_fill(distance == 0, float('inf'))).double()
     with torch.autocast(x.device.type, enabled=False):
-        grad_x = weights.sum(dim=-1)[..., None] * x - weights @ y.double()
-        grad_y = weights.sum(dim=-2)[..., None] * y - weights.transpose(-2, -1) @ x.double()
-    return grad_x.to(x.dtype), grad_y.to(y.dtype)
+        grad_x = weights.sum(dim=-1)[..., None] * x - weights @ y
+        grad_y = weights.sum(dim=-2)[..., None] * y - weights.transpose(-2, -1) @ x
+    return grad_x.to(dtype), grad_y.to(dtype)
 
 
 @euclidean_distance_backward.register_fake
@@ -70,9 +72,8 @@ euclidean_distance_backward.register_autograd(_refuse)
 
 def distance_by_product(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     """The same in operations that every format knows, for float32; its derivative at 0 is infinite."""
-    dtype, y = y.dtype, y.double()
-    mean = y.mean(dim=-2, keepdim=True)
-    x, y = x - mean, y - mean
+    dtype = x.dtype
+    x, y = _centered(x, y)
     # (..., N, M) in float64 is passed over as little as possible
     xx, yy = (z.square().sum(dim=-1, keepdim=True) for z in (x, y))
     one = torch.ones_like(xx)
@@ -80,3 +81,10 @@ def distance_by_product(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     square, xx, yy = square.to(dtype), xx.to(dtype), yy.to(dtype)
     square = square.masked_fill(square <= NEGLIGIBLE * (xx + yy.transpose(-2, -1)), 0.)
     return square.sqrt()
+
+
+def _centered(x: torch.Tensor, y: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
+    """In float64, about the mean of y."""
+    y = y.double()
+    mean = y.mean(dim=-2, keepdim=True)
+    return x - mean, y - mean
