@@ -56,7 +56,7 @@ def _flat(x: torch.Tensor) -> Tuple[Any, Tuple[int, int, int]]:
 def _empty_saved(q: torch.Tensor, iters: int) -> torch.Tensor:
     B, H, N, _ = q.shape
     vectors = 2 * iters if iters <= MAX_KEPT_ITERS else 0
-    return q.new_empty(B * H, N + vectors, _padded(N), dtype=torch.float32)
+    return q.new_empty(B * H, N + 1 + vectors, _padded(N), dtype=torch.float32)
 
 
 def _empty(q: torch.Tensor, dtype: Optional[torch.dtype] = None) -> torch.Tensor:
@@ -123,9 +123,9 @@ def sot_attention_forward(
     """SOT attention of queries, keys and values, each (B, H, N, D) with any strides; arguments as `onchip`'s.
 
     Returns:
-        Output (B, H, N, D), and for the backward pass, (B * H, N or N + 2 iters, padded N) in float32, the costs and
-        the scaling vectors of all iterations unless they are too many: their logarithms to base 2 where
-        reg < SCALING_MIN_REG.
+        Output (B, H, N, D), and for the backward pass, (B * H, N + 1 or N + 1 + 2 iters, padded N) in float32, the
+        costs, their row maxima, and the scaling vectors of all iterations unless they are too many: their logarithms
+        to base 2 where reg < SCALING_MIN_REG.
     """
     from .cpu_loops import forward
 

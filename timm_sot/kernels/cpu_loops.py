@@ -303,8 +303,16 @@ def _transpose(x, out):
 
 
 @_fast
+def _row_max(row):
+    largest = ZERO
+    for j in range(row.size):
+        largest = max(largest, row[j])
+    return largest
+
+
+@_fast
 def _costs(x, y_transposed, scratch, costs, N, D, cosine):
-    """Distances in the first N rows of `costs`, 0 in the padding."""
+    """Distances in the first N rows of `costs`, 0 in the padding, and the largest of each row in the row after."""
     R = scratch.shape[0]
     if cosine:
         _dot(x, y_transposed, scratch, R, R, D)
@@ -320,14 +328,7 @@ def _costs(x, y_transposed, scratch, costs, N, D, cosine):
                 target[j] = np.sqrt(source[j])
         for j in range(N, R):
             target[j] = ZERO
-
-
-@_fast
-def _row_max(row):
-    largest = ZERO
-    for j in range(row.size):
-        largest = max(largest, row[j])
-    return largest
+        costs[N, i] = _row_max(target)
 
 
 @_fast
@@ -336,7 +337,7 @@ def _kernel(costs, kernel, N, reg, log):
     log2_e = np.float32(LOG2_E)
     for i in range(N):
         source, target = costs[i], kernel[i]
-        factor = -log2_e / reg * _inverse(_row_max(source))
+        factor = -log2_e / reg * _inverse(costs[N, i])
         if log:
             for j in range(source.size):
                 target[j] = source[j] * factor
@@ -351,19 +352,38 @@ def _kernel(costs, kernel, N, reg, log):
 
 
 @_fast
+def _products(kernel, x, i):
+    """kernel[i:i+4] @ x: of several rows at once, the sums do not wait for each other."""
+    r0, r1, r2, r3 = kernel[i], kernel[i + 1], kernel[i + 2], kernel[i + 3]
+    p0, p1, p2, p3 = ZERO, ZERO, ZERO, ZERO
+    for j in range(x.size):
+        p0 += r0[j] * x[j]
+        p1 += r1[j] * x[j]
+        p2 += r2[j] * x[j]
+        p3 += r3[j] * x[j]
+    return p0, p1, p2, p3
+
+
+@_fast
+def _add_rows(kernel, x, i, sums):
+    """sums += x[i:i+4] @ kernel[i:i+4]."""
+    r0, r1, r2, r3 = kernel[i], kernel[i + 1], kernel[i + 2], kernel[i + 3]
+    x0, x1, x2, x3 = x[i], x[i + 1], x[i + 2], x[i + 3]
+    for j in range(sums.size):
+        sums[j] += r0[j] * x0 + r1[j] * x1 + r2[j] * x2 + r3[j] * x3
+
+
+@_fast
 def _iterate(kernel, a, b, sums, N):
     """One iteration in the scaling form a = r / (K b), b = c / (K^T a), in one pass over the matrix."""
     mass = ONE / np.float32(N)
     _fill(sums, ZERO)
-    for i in range(N):
-        row = kernel[i]
-        product = ZERO
-        for j in range(row.size):
-            product += row[j] * b[j]
-        a_i = mass / product
-        a[i] = a_i
-        for j in range(row.size):
-            sums[j] += row[j] * a_i
+    for i in range(0, N, 4):
+        p0, p1, p2, p3 = _products(kernel, b, i)
+        # rows of the padding are 0, and have 0
+        a[i], a[i + 1], a[i + 2], a[i + 3] = (
+            mass * _inverse(p0), mass * _inverse(p1), mass * _inverse(p2), mass * _inverse(p3))
+        _add_rows(kernel, a, i, sums)
     for j in range(N):
         b[j] = mass / sums[j]
 
@@ -402,9 +422,9 @@ def _iterate_log(kernel, a, b, sums, terms, N):
 
 
 @_fast
-def _sot(kernel, a, b, sot, N, log):
+def _sot(kernel, a, b, sot, largests, N, log):
     """The plan through the sigmoid, 0 on the diagonal, and the largest entry."""
-    largest = ZERO
+    _fill(largests, ZERO)
     for i in range(N):
         source, target = kernel[i], sot[i]
         a_i = a[i]
@@ -417,8 +437,9 @@ def _sot(kernel, a, b, sot, N, log):
                 plan = source[j] * a_i * b[j]
                 target[j] = plan / (ONE + plan)
         target[i] = ZERO
-        largest = max(largest, _row_max(target))
-    return largest
+        for j in range(source.size):
+            largests[j] = max(largests[j], target[j])
+    return _row_max(largests)
 
 
 @_fast
@@ -459,18 +480,13 @@ def _iterate_backward(
         column_factor_b[j] = count * grad_b[j] * b[j]
         column_factor_a[j] = b_before[j]
     _fill(sums, ZERO)
-    for i in range(N):
-        row = kernel[i]
-        product = ZERO
-        for j in range(row.size):
-            product += row[j] * column_factor_b[j]
-        a_i = a[i]
-        factor = count * (grad_a[i] - a_i * product) * a_i
-        row_factor_b[i] = a_i
-        row_factor_a[i] = factor
-        grad_a[i] = ZERO
-        for j in range(row.size):
-            sums[j] += row[j] * factor
+    for i in range(0, N, 4):
+        products = _products(kernel, column_factor_b, i)
+        for k in range(4):
+            row_factor_b[i + k] = a[i + k]
+            row_factor_a[i + k] = count * (grad_a[i + k] - a[i + k] * products[k]) * a[i + k]
+            grad_a[i + k] = ZERO
+        _add_rows(kernel, row_factor_a, i, sums)
     for j in range(grad_b.size):
         grad_b[j] = -b_before[j] * sums[j]
 
@@ -541,7 +557,7 @@ def _costs_backward(costs, grad, N, reg, cosine):
     """Gradient of the log-kernel to that of the costs, divided by them where they are distances; in place."""
     for i in range(N):
         c, g = costs[i], grad[i]
-        largest = _row_max(c)
+        largest = costs[N, i]
         inverse = _inverse(largest)
         moment = ZERO
         ties = ZERO
@@ -594,7 +610,7 @@ def forward(
     start_b = ZERO if log else ONE
     for problem in range(first, last):
         batch, head = problem // heads, problem % heads
-        costs = saved[problem]  # N rows of costs, then the scaling vectors
+        costs = saved[problem]  # N rows of costs, their maxima, then the scaling vectors
 
         start = batch * q_strides[0] + head * q_strides[1]
         _load(q, start, q_strides[2], x, N, D)
@@ -620,9 +636,9 @@ def forward(
             else:
                 _iterate(kernel, a, b, sums, N)
             if keep:
-                _copy(a, costs[N + 2 * t])
-                _copy(b, costs[N + 2 * t + 1])
-        inverse_largest = _inverse(_sot(kernel, a, b, sot, N, log))
+                _copy(a, costs[N + 1 + 2 * t])
+                _copy(b, costs[N + 2 + 2 * t])
+        inverse_largest = _inverse(_sot(kernel, a, b, sot, sums, N, log))
         _weights(sot, inverse_largest, weights, N, scale, softmax)
         if dropout:
             for i in range(N):
@@ -660,8 +676,8 @@ def backward(
         _copy(b, columns[0])
         for t in range(iters):
             if keep:
-                _copy(costs[N + 2 * t], rows[t])
-                _copy(costs[N + 2 * t + 1], columns[t + 1])
+                _copy(costs[N + 1 + 2 * t], rows[t])
+                _copy(costs[N + 2 + 2 * t], columns[t + 1])
             else:
                 if log:
                     _iterate_log(kernel, a, b, sums, factor, N)
@@ -669,7 +685,7 @@ def backward(
                     _iterate(kernel, a, b, sums, N)
                 _copy(a, rows[t])
                 _copy(b, columns[t + 1])
-        largest = _sot(kernel, rows[iters - 1], columns[iters], sot, N, log)
+        largest = _sot(kernel, rows[iters - 1], columns[iters], sot, sums, N, log)
         inverse_largest = _inverse(largest)
         _weights(sot, inverse_largest, weights, N, scale, softmax)
 
