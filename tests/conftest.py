@@ -1,7 +1,35 @@
+import importlib.util
 import json
+import os
 
 import pytest
+import torch
 from PIL import Image
+
+
+def interpret_triton():
+    """Run Triton's kernels in Python. To be called before anything imports Triton."""
+    os.environ['TRITON_INTERPRET'] = '1'
+    import numpy as np
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    create_dot = interpreter.InterpreterBuilder.create_dot
+
+    def create_dot_bfloat16(self, a, b, d, *args):
+        """The interpreter keeps bfloat16 as the integers of its bits and would multiply these."""
+        def widened(x):
+            if x.dtype.scalar != tl.bfloat16:
+                return x
+            bits = x.data.astype(np.uint32) << 16
+            return interpreter.TensorHandle(bits.view(np.float32), tl.float32)
+        return create_dot(self, widened(a), widened(b), d, *args)
+
+    interpreter.InterpreterBuilder.create_dot = create_dot_bfloat16
+
+
+if importlib.util.find_spec('triton') and not torch.cuda.is_available():
+    interpret_triton()
 
 
 @pytest.fixture(scope='session')

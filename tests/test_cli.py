@@ -98,7 +98,8 @@ def test_grid(monkeypatch):
 
 def test_help(capsys):
     assert main(['--help']) == 0
-    assert 'study' in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert 'study' in printed and 'bench' in printed
     assert main(['study', '--help']) == 0
     assert '--model-kwargs' in capsys.readouterr().out
 

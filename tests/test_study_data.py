@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from timm_sot.study.data import Images, StudyData, fingerprint, load_data, normalizer, subset
-from timm_sot.study.errors import StudyError
+from timm_sot.errors import UserError
 
 
 def make_data(num_train=10, flip=True):
@@ -56,7 +56,7 @@ def test_folder_errors(tmp_path, splits, message):
         folder.mkdir(parents=True)
         if split.endswith('*'):
             Image.new('RGB', (8, 8)).save(folder / 'image.png')
-    with pytest.raises(StudyError, match=message):
+    with pytest.raises(UserError, match=message):
         load_data(str(root), (8, 8))
 
 
@@ -69,7 +69,7 @@ def test_without_scikit_learn(monkeypatch):
         return real_import(name, *args, **kwargs)
 
     monkeypatch.setattr(builtins, '__import__', no_sklearn)
-    with pytest.raises(StudyError, match=r"pip install 'timm-sot\[study\]'"):
+    with pytest.raises(UserError, match=r"pip install 'timm-sot\[study\]'"):
         load_data('', (32, 32))
 
 
@@ -82,7 +82,7 @@ def test_archive(digits_dir, tmp_path):
         assert data.name == 'digits'
         assert fingerprint(data._replace(name=expected.name)) == fingerprint(expected)
     (tmp_path / 'broken.tar').write_bytes(b'nothing')
-    with pytest.raises(StudyError, match='neither a folder nor a readable tar archive'):
+    with pytest.raises(UserError, match='neither a folder nor a readable tar archive'):
         load_data(str(tmp_path / 'broken.tar'), (8, 8))
 
 

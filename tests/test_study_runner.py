@@ -15,7 +15,7 @@ from PIL import Image
 import timm_sot
 from timm_sot.study import runner
 from timm_sot.study.engine import Recipe
-from timm_sot.study.errors import StudyError
+from timm_sot.errors import UserError
 from timm_sot.study.presets import Study
 from timm_sot.study.store import KEYS
 
@@ -64,7 +64,7 @@ def test_models_share_their_initial_values():
     (['cct_2', 'cct_14'], 'cct_2 32x32, cct_14 224x224'),
 ])
 def test_input_size_errors(rows, message):
-    with pytest.raises(StudyError, match=message):
+    with pytest.raises(UserError, match=message):
         runner.input_size([(name, {}) for name in rows])
 
 
@@ -75,13 +75,13 @@ def test_input_size():
 
 @pytest.mark.parametrize('kwargs', [dict(no_such=1), dict(sot_reg=-1.)])
 def test_model_errors_come_first(folder, kwargs):
-    with pytest.raises(StudyError, match='cannot create cct_2 with .*(no_such|reg=-1)'):
+    with pytest.raises(UserError, match='cannot create cct_2 with .*(no_such|reg=-1)'):
         run(folder, rows=[('cct_2_sot_q', {}), ('cct_2', kwargs)])
 
 
 @pytest.mark.parametrize('name', ['nonsense', 'cuda:99'])
 def test_device_errors(name):
-    with pytest.raises(StudyError, match=f'device {name!r} cannot be used'):
+    with pytest.raises(UserError, match=f'device {name!r} cannot be used'):
         runner.resolve_device(name)
 
 
@@ -147,7 +147,7 @@ def test_corrupt_line_is_redone(folder, tmp_path):
 
 def test_other_recipe_in_the_same_folder(folder, tmp_path):
     run(folder, tmp_path, rows=ROWS[:1])
-    with pytest.raises(StudyError, match='other settings'):
+    with pytest.raises(UserError, match='other settings'):
         run(folder, tmp_path, recipe=Recipe(epochs=2, batch_size=12))
 
 
@@ -196,5 +196,5 @@ def test_without_tqdm(monkeypatch, folder):
         return real_import(name, *args, **kwargs)
 
     monkeypatch.setattr(builtins, '__import__', no_tqdm)
-    with pytest.raises(StudyError, match=r"needs the package tqdm.*pip install 'timm-sot\[study\]'"):
+    with pytest.raises(UserError, match=r"needs the package tqdm.*pip install 'timm-sot\[study\]'"):
         run(folder)

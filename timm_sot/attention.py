@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from timm.layers import Attention, maybe_add_mask, register_notrace_function
 
 from ._autoload import autoload
+from .kernels.fused import choose_path, fused_sot_attention
 from .transform import autocast_disabled, check_transform_args, compute_dtype, sot_matrix
 
 __all__ = ['SOTAttention', 'VARIANTS']
@@ -83,11 +84,7 @@ def _sot_attention_weights(
         tol: Optional[float],
 ) -> Tuple[torch.Tensor, torch.Tensor]:
     """S, in the dtype that it was computed in, and the weights made of it: viz/maps.py shows both."""
-    N, D = q.shape[-2], q.shape[-1]
-    if operands == 'qkt' and N != D:
-        raise ValueError(
-            f"variant 'sot_qkt' matches N tokens with D channels and needs N = D, got {N} tokens and head width {D}; "
-            f"change the image size or the number of heads, or use variant 'sot_qk'.")
+    check_operands(q, operands)
     dtype = compute_dtype(q)
     x = q.to(dtype)
     if operands == 'q':
@@ -97,10 +94,56 @@ def _sot_attention_weights(
     else:
         y = k.to(dtype).transpose(-2, -1)
     sot = sot_matrix(x, y, distance, 'row', reg, iters, tol, None, True, True, True)
-    weights = sot * D ** -0.5
+    weights = sot * q.shape[-1] ** -0.5
     if softmax:
         weights = weights.softmax(dim=-1)
     return sot, weights.to(q.dtype)
+
+
+def check_operands(q: torch.Tensor, operands: str) -> None:
+    N, D = q.shape[-2], q.shape[-1]
+    if operands == 'qkt' and N != D:
+        raise ValueError(
+            f"variant 'sot_qkt' matches N tokens with D channels and needs N = D, got {N} tokens and head width {D}; "
+            f"change the image size or the number of heads, or use variant 'sot_qk'.")
+
+
+@torch.fx.wrap
+@register_notrace_function
+def sot_attention(
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        operands: str,
+        softmax: bool,
+        distance: str,
+        reg: float,
+        iters: int,
+        tol: Optional[float],
+        dropout_p: float = 0.,
+) -> torch.Tensor:
+    """SOT attention, (B, H, N, D) each, by the fastest means that the device has: `kernels.fused.choose_path`.
+
+    Args:
+        q: Queries.
+        k: Keys.
+        v: Values.
+        operands: As `sot_attention_weights`, and so are the next five.
+        softmax: See there.
+        distance: See there.
+        reg: See there.
+        iters: See there.
+        tol: See there.
+        dropout_p: Dropout probability of the weights.
+    """
+    if not torch.jit.is_scripting():
+        path = 'eager' if torch.jit.is_tracing() else choose_path(q.device, v.dtype, q.shape[-2], q.shape[-1], tol)
+        if path != 'eager':
+            check_operands(q, operands)
+            return fused_sot_attention(
+                q, k, v, operands, softmax, reg, iters, q.shape[-1] ** -0.5, dropout_p, distance, path)
+    attn = sot_attention_weights(q, k, operands, softmax, distance, reg, iters, tol)
+    return F.dropout(attn, dropout_p) @ v
 
 
 class SOTAttention(Attention):
@@ -190,7 +233,11 @@ class SOTAttention(Attention):
         q, k, v = qkv.unbind(0)  # (B, H, N, D)
         q, k = self.q_norm(q), self.k_norm(k)
 
-        if self.operands == '' and self.fused_attn:
+        if not self.fused_attn:
+            attn = self.attention_weights(q, k, attn_mask, is_causal)  # (B, H, N, N)
+            attn = self.attn_drop(attn)
+            x = attn @ v
+        elif self.operands == '':
             x = F.scaled_dot_product_attention(
                 q, k, v,
                 attn_mask=attn_mask,
@@ -198,9 +245,11 @@ class SOTAttention(Attention):
                 is_causal=is_causal,
             )
         else:
-            attn = self.attention_weights(q, k, attn_mask, is_causal)  # (B, H, N, N)
-            attn = self.attn_drop(attn)
-            x = attn @ v
+            check_no_mask(attn_mask, is_causal)
+            x = sot_attention(
+                q, k, v, self.operands, self.softmax, self.distance, self.reg, self.iters, self.tol,
+                dropout_p=self.attn_drop.p if self.training else 0.,
+            )
 
         x = x.transpose(1, 2).reshape(B, N, self.attn_dim)
         x = self.norm(x)
@@ -222,10 +271,7 @@ class SOTAttention(Attention):
             attn = (q * self.scale) @ k.transpose(-2, -1)
             attn = maybe_add_mask(attn, additive_mask(attn, attn_mask, is_causal))
             return attn.softmax(dim=-1)
-        if attn_mask is not None or is_causal:
-            raise NotImplementedError(
-                "attn_mask and is_causal are supported by variant 'softmax' only: a transport plan spreads its mass "
-                "over all tokens. Leave them at None and False, or use variant 'softmax'.")
+        check_no_mask(attn_mask, is_causal)
         return sot_attention_weights(
             q, k, self.operands, self.softmax, self.distance, self.reg, self.iters, self.tol)
 
@@ -234,6 +280,13 @@ class SOTAttention(Attention):
             return f'variant={self.variant!r}'
         return (f'variant={self.variant!r}, reg={self.reg}, iters={self.iters}, tol={self.tol}, '
                 f'distance={self.distance!r}')
+
+
+def check_no_mask(attn_mask: Optional[torch.Tensor], is_causal: bool) -> None:
+    if attn_mask is not None or is_causal:
+        raise NotImplementedError(
+            "attn_mask and is_causal are supported by variant 'softmax' only: a transport plan spreads its mass "
+            "over all tokens. Leave them at None and False, or use variant 'softmax'.")
 
 
 @torch.fx.wrap

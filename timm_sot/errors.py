@@ -1,7 +1,12 @@
 """ Errors that a user can mend """
 
-__all__ = ['UserError']
+__all__ = ['UserError', 'missing_extra']
 
 
 class UserError(Exception):
-    """Something that cannot be done as asked; the message says why, in one line, and what would work."""
+    """What was asked for cannot be done; the message says why, in one line, and what would work."""
+
+
+def missing_extra(error: ImportError, extra: str = 'study') -> UserError:
+    """The error to raise where a package of an extra cannot be imported."""
+    return UserError(f"timm-sot {extra} needs the package {error.name}; install it with: pip install 'timm-sot[{extra}]'")

@@ -25,7 +25,7 @@ from torch import nn
 
 from . import __version__
 from .study.data import TEST_SPLITS
-from .study.errors import StudyError
+from .errors import UserError
 
 __all__ = ['Checkpoint', 'Score', 'evaluate', 'export', 'read_checkpoint']
 
@@ -81,7 +81,7 @@ def export(
         What was measured.
 
     Raises:
-        StudyError: If the checkpoint or the images cannot be read, or the folder cannot be written.
+        UserError: If the checkpoint or the images cannot be read, or the folder cannot be written.
     """
     source = read_checkpoint(checkpoint)
     changed = {key: value for key, value in (model_kwargs or {}).items() if source.kwargs.get(key) != value}
@@ -94,7 +94,7 @@ def export(
     folder = Path(out).resolve()
     strangers = sorted(p.name for p in folder.iterdir() if p.name not in FILES) if folder.is_dir() else []
     if strangers:
-        raise StudyError(f'{out} holds other files ({", ".join(strangers[:3])}); choose a folder of its own.')
+        raise UserError(f'{out} holds other files ({", ".join(strangers[:3])}); choose a folder of its own.')
     model = build(source, checkpoint)
     model.pretrained_cfg['tag'] = folder.name.partition('.')[2] or None
     score = evaluate(model, data_dir, device) if data_dir else None
@@ -111,14 +111,14 @@ def export(
             for name in FILES:  # each whole or not at all
                 os.replace(Path(partial, name), folder / name)
     except (OSError, SafetensorError) as e:  # safetensors reports a full disk as an error of its own
-        raise StudyError(f'cannot write {out}: {getattr(e, "strerror", None) or e}') from e
+        raise UserError(f'cannot write {out}: {getattr(e, "strerror", None) or e}') from e
     return score
 
 
 def read_checkpoint(path: str) -> Checkpoint:
     """Read a checkpoint of train.py or of a study, running no code that it may hold."""
     if not os.path.isfile(path):
-        raise StudyError(f'{path} is not a file; give a checkpoint of train.py (model_best.pth.tar) or of a study '
+        raise UserError(f'{path} is not a file; give a checkpoint of train.py (model_best.pth.tar) or of a study '
                          f'(checkpoints/NAME.safetensors).')
     try:
         if path.endswith('.safetensors'):
@@ -128,14 +128,14 @@ def read_checkpoint(path: str) -> Checkpoint:
                 content = torch.load(path, map_location='cpu', weights_only=True)
     except Exception as e:
         reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
-        raise StudyError(f'{path} is damaged or no checkpoint of weights and plain values: {reason}') from e
+        raise UserError(f'{path} is damaged or no checkpoint of weights and plain values: {reason}') from e
     if path.endswith('.safetensors'):
         return read_study(path, content)
     if isinstance(content, dict) and {'state_dict', 'args'} <= set(content):
         return read_train(content)
     if isinstance(content, dict) and 'state' in content:
-        raise StudyError(f'{path} is a run of a study in progress; its weights appear as .safetensors at its end.')
-    raise StudyError(f'{path} records no training arguments; export takes checkpoints of train.py and of studies.')
+        raise UserError(f'{path} is a run of a study in progress; its weights appear as .safetensors at its end.')
+    raise UserError(f'{path} records no training arguments; export takes checkpoints of train.py and of studies.')
 
 
 def read_study(path: str, weights: Dict[str, torch.Tensor]) -> Checkpoint:
@@ -192,7 +192,7 @@ def find_result(path: Path) -> Tuple[Dict[str, Any], List[float], Dict[str, Any]
                       if (other_row, other['epochs'], other['data']) == (row, result['epochs'], result['data'])]
             settings = folder / 'study.json'
             return result, others, json.loads(settings.read_text()) if settings.is_file() else {}
-    raise StudyError(f'there is no result of {path.stem} in a results.jsonl beside {path} or above its folder; export '
+    raise UserError(f'there is no result of {path.stem} in a results.jsonl beside {path} or above its folder; export '
                      f'takes the weights of a study from the folder that the study wrote.')
 
 
@@ -246,11 +246,11 @@ def build(source: Checkpoint, path: str) -> nn.Module:
         model.load_state_dict(source.weights)
     except (RuntimeError, TypeError, ValueError) as e:
         arguments = ' '.join(f'{key}={value}' for key, value in source.kwargs.items())
-        raise StudyError(f'{path} was recorded as {source.model} {arguments}, which does not fit: '
+        raise UserError(f'{path} was recorded as {source.model} {arguments}, which does not fit: '
                          f'{" ".join(str(e).split())}') from e
     bad = [name for name, value in model.state_dict().items() if not value.isfinite().all()]
     if bad:
-        raise StudyError(f'{path} holds values that are not finite, in {bad[0]}; its training diverged.')
+        raise UserError(f'{path} holds values that are not finite, in {bad[0]}; its training diverged.')
     # what the images must be; newer versions of timm see to the sizes themselves when they save
     cfg = model.pretrained_cfg
     cfg.update(source.data_config, num_classes=model.num_classes, input_size=(
@@ -268,10 +268,10 @@ def evaluate(model: nn.Module, data_dir: str, device: Optional[torch.device] = N
     try:
         dataset = create_dataset('', root=str(folder))
     except (RuntimeError, OSError, AssertionError) as e:
-        raise StudyError(f'{folder} has no images in folders of their classes: {e}') from e
+        raise UserError(f'{folder} has no images in folders of their classes: {e}') from e
     classes = sorted(dataset.reader.class_to_idx, key=dataset.reader.class_to_idx.get)
     if len(classes) != model.num_classes:
-        raise StudyError(f'{folder} has {len(classes)} classes, the model {model.num_classes}; give it images like '
+        raise UserError(f'{folder} has {len(classes)} classes, the model {model.num_classes}; give it images like '
                          f'those that it was trained on.')
     files = sorted(dataset.filenames())
     digest = hashlib.sha256()

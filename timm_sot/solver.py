@@ -9,6 +9,8 @@ from typing import Optional
 
 import torch
 
+from .kernels import sinkhorn as kernel
+
 __all__ = ['sinkhorn']
 
 
@@ -70,17 +72,45 @@ def compute_dtype(x: torch.Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
+def operators_work() -> bool:
+    """Whether what is running now can deal with operators of ours: traces and ONNX files are to run without this
+    package, and torch.func cannot differentiate them.
+    """
+    return not (
+        torch.jit.is_tracing() or torch.onnx.is_in_onnx_export() or torch._C._are_functorch_transforms_active())
+
+
 def solve(
         log_kernel: torch.Tensor,
         iters: int,
         tol: Optional[float],
         row_mass: Optional[float],
+        spread: float = float('inf'),
 ) -> torch.Tensor:
-    """`sinkhorn` without its checks and casts: positional and scriptable, for the layers above."""
+    """`sinkhorn` without its checks and casts: positional and scriptable, for the layers above.
+
+    `spread` is a promise: no two finite entries of a problem's log-kernel are farther apart. A small one lets the
+    iterations run on the kernel itself, without exponentials and logarithms.
+    """
     N, M = log_kernel.shape[-2], log_kernel.shape[-1]
     log_r = -math.log(N) if row_mass is None else math.log(row_mass)
     log_c = log_r + math.log(N) - math.log(M)
+    if torch.jit.is_scripting():
+        return solve_step_by_step(log_kernel, iters, tol, log_r, log_c)
+    elif tol is not None or not operators_work():
+        return solve_step_by_step(log_kernel, iters, tol, log_r, log_c)
+    else:
+        return kernel.sinkhorn(log_kernel, iters, log_r, log_c, kernel.scaling_is_safe(spread, log_kernel.dtype))
 
+
+def solve_step_by_step(
+        log_kernel: torch.Tensor,
+        iters: int,
+        tol: Optional[float],
+        log_r: float,
+        log_c: float,
+) -> torch.Tensor:
+    """The iterations as plain operations, for an early stop and for formats that know no operators of ours."""
     u = torch.zeros_like(log_kernel[..., :1])  # (..., N, 1)
     v = torch.zeros_like(log_kernel[..., :1, :])  # (..., 1, M)
     for _ in range(iters):

@@ -12,7 +12,8 @@ from typing import ContextManager, Optional
 
 import torch
 
-from .solver import check_sinkhorn_args, compute_dtype, solve
+from .kernels.distance import distance_by_product, euclidean_distance
+from .solver import check_sinkhorn_args, compute_dtype, operators_work, solve
 
 __all__ = ['self_optimal_transport']
 
@@ -135,7 +136,8 @@ def sot_matrix(
         log_kernel = log_kernel.masked_fill(diagonal, -float('inf'))
 
     # the transform's tol is in units of the cost, the solver's potentials are in units of reg
-    log_plan = solve(log_kernel, iters, None if tol is None else tol / reg, row_mass)
+    spread = largest_cost(distance, normalize) / reg
+    log_plan = solve(log_kernel, iters, None if tol is None else tol / reg, row_mass, spread)
 
     out = log_plan.sigmoid() if sigmoid else log_plan.exp()
     if max_scale:
@@ -147,14 +149,13 @@ def sot_matrix(
 
 def pairwise_cost(x: torch.Tensor, y: torch.Tensor, distance: str, normalize: Optional[str]) -> torch.Tensor:
     """Normalized costs between the rows of x and y, (..., N, D), (..., M, D) -> (..., N, M)."""
-    # not through a matrix product: |x|^2 + |y|^2 - 2xy and 1 - cos cancel, and equal points would not be at distance 0
     if distance == 'cosine':
         x, y = unit_rows(x), unit_rows(y)
-        cost = torch.cdist(x, y, compute_mode='donot_use_mm_for_euclid_dist').square() / 2  # 1 - xy for |x| = |y| = 1
+        cost = pairwise_distance(x, y).square() / 2  # 1 - xy for |x| = |y| = 1, which cancels
         x_is_zero, y_is_zero = (x == 0).all(-1).unsqueeze(-1), (y == 0).all(-1).unsqueeze(-2)
         cost = cost.masked_fill(x_is_zero | y_is_zero, 1.)
     else:
-        cost = torch.cdist(x, y, compute_mode='donot_use_mm_for_euclid_dist')
+        cost = pairwise_distance(x, y)
     if normalize is None:
         return cost
     if normalize == 'row':
@@ -162,6 +163,26 @@ def pairwise_cost(x: torch.Tensor, y: torch.Tensor, distance: str, normalize: Op
     else:
         largest = cost.amax(dim=(-2, -1), keepdim=True)
     return cost / largest.masked_fill(largest == 0, 1.)
+
+
+def largest_cost(distance: str, normalize: Optional[str]) -> float:
+    """What no cost exceeds, whatever the points; none is below 0."""
+    if normalize is not None:
+        return 1.
+    return 2. if distance == 'cosine' else float('inf')
+
+
+def pairwise_distance(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """||x_i - y_j||_2 with exact zeros, (..., N, D), (..., M, D) -> (..., N, M)."""
+    # cdist not through a matrix product: |x|^2 + |y|^2 - 2xy cancels, and equal points would not have distance 0
+    if torch.jit.is_scripting():
+        return torch.cdist(x, y, compute_mode='donot_use_mm_for_euclid_dist')
+    elif operators_work():
+        return euclidean_distance(x, y)
+    elif torch.onnx.is_in_onnx_export():  # has no cdist
+        return distance_by_product(x, y)
+    else:
+        return torch.cdist(x, y, compute_mode='donot_use_mm_for_euclid_dist')
 
 
 def unit_rows(x: torch.Tensor) -> torch.Tensor:

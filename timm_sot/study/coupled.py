@@ -79,8 +79,9 @@ def solve(
         iters: int,
         tol: Optional[float],
         row_mass: Optional[float],
+        spread: float = float('inf'),
 ) -> torch.Tensor:
-    """`timm_sot.solver.solve` without a decision of the host's."""
+    """`timm_sot.solver.solve` without a decision of the host's, for costs in [0, 1]."""
     N, M = log_kernel.shape[-2:]
     log_r = -math.log(N) if row_mass is None else math.log(row_mass)
     log_c = log_r + math.log(N) - math.log(M)

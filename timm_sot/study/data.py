@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from timm.data import create_dataset, create_transform
 from torch.utils.data import DataLoader
 
-from .errors import StudyError, missing_extra
+from ..errors import UserError, missing_extra
 
 __all__ = ['Images', 'StudyData', 'fingerprint', 'load_data', 'normalizer', 'subset']
 
@@ -81,7 +81,7 @@ def load_archive(path: str, img_size: Tuple[int, int], workers: int = 0) -> Stud
             with tarfile.open(path) as archive:
                 archive.extractall(folder, **({'filter': 'data'} if hasattr(tarfile, 'data_filter') else {}))
         except (tarfile.TarError, EOFError) as e:
-            raise StudyError(f'{path} is neither a folder nor a readable tar archive: {e}') from e
+            raise UserError(f'{path} is neither a folder nor a readable tar archive: {e}') from e
         entries = os.listdir(folder)
         inner = os.path.join(folder, entries[0]) if len(entries) == 1 else folder
         data = load_folder(inner if os.path.isdir(inner) else folder, img_size, workers)
@@ -91,22 +91,22 @@ def load_archive(path: str, img_size: Tuple[int, int], workers: int = 0) -> Stud
 def load_folder(root: str, img_size: Tuple[int, int], workers: int = 0) -> StudyData:
     """An image folder as timm reads them: `train/<class>/*` and `val/<class>/*` or `test/<class>/*`."""
     if not os.path.isdir(root):
-        raise StudyError(f'{root} is not a folder; --data-dir takes one that holds train/<class>/ and val/<class>/.')
+        raise UserError(f'{root} is not a folder; --data-dir takes one that holds train/<class>/ and val/<class>/.')
     folders = []
     for splits in (TRAIN_SPLITS, TEST_SPLITS):
         found = [os.path.join(root, split) for split in splits if os.path.isdir(os.path.join(root, split))]
         if not found:
-            raise StudyError(f'{root} has no folder {" or ".join(splits)}; --data-dir takes one that holds both '
+            raise UserError(f'{root} has no folder {" or ".join(splits)}; --data-dir takes one that holds both '
                              f'train/<class>/ and val/<class>/ or test/<class>/.')
         folders.append(found[0])
     try:
         train, test = (create_dataset('', root=folder) for folder in folders)
     except RuntimeError as e:  # no images
-        raise StudyError(f'{root}: {e}') from e
+        raise UserError(f'{root}: {e}') from e
     classes = train.reader.class_to_idx
     if test.reader.class_to_idx != classes:
         differ = sorted(set(classes) ^ set(test.reader.class_to_idx))
-        raise StudyError(f'{folders[0]} and {folders[1]} hold different classes: {", ".join(differ[:5])}.')
+        raise UserError(f'{folders[0]} and {folders[1]} hold different classes: {", ".join(differ[:5])}.')
     name = os.path.basename(os.path.abspath(root))
     return StudyData(
         name, decode(train, img_size, workers), decode(test, img_size, workers), len(classes), flip=True)

@@ -20,7 +20,7 @@ from .augment import Epochs
 from .coupled import capturable
 from .data import Images, StudyData, fingerprint, load_data, subset
 from .engine import Recipe, Trainer, set_precision, train_epoch
-from .errors import StudyError, missing_extra
+from ..errors import UserError, missing_extra
 from .presets import Row, Study
 from .store import Run, Store
 
@@ -33,7 +33,7 @@ def resolve_device(name: str = '') -> torch.device:
         device = torch.device(name or ('cuda' if torch.cuda.is_available() else 'cpu'))
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as e:  # unknown to torch, or absent
-        raise StudyError(f'device {name!r} cannot be used: {str(e).splitlines()[0]}') from e
+        raise UserError(f'device {name!r} cannot be used: {str(e).splitlines()[0]}') from e
     return device
 
 
@@ -41,19 +41,19 @@ def input_size(rows: Sequence[Row]) -> Tuple[int, int]:
     """Height and width of the images that the models take, of which there must be one for all.
 
     Raises:
-        StudyError: If a model is unknown or the models disagree.
+        UserError: If a model is unknown or the models disagree.
     """
     sizes = {}
     for name, kwargs in rows:
         if not timm.is_model(name):
             close = difflib.get_close_matches(name, timm.list_models(), n=5)
             hint = f'did you mean {", ".join(close)}?' if close else 'timm.list_models() has the names.'
-            raise StudyError(f'unknown model {name!r}; {hint}')
+            raise UserError(f'unknown model {name!r}; {hint}')
         sizes[name] = to_2tuple(kwargs['img_size']) if 'img_size' in kwargs \
             else timm.get_pretrained_cfg(name).input_size[-2:]
     if len(set(sizes.values())) > 1:
         listed = ', '.join(f'{name} {height}x{width}' for name, (height, width) in sizes.items())
-        raise StudyError(
+        raise UserError(
             f'the models of a study see the same images, these differ in size: {listed}; '
             f'choose models of one size, or one for all with --model-kwargs img_size=32.')
     return next(iter(sizes.values()))
@@ -66,7 +66,7 @@ def build_model(row: Row, num_classes: int, seed: int) -> nn.Module:
     try:
         return timm.create_model(name, num_classes=num_classes, **kwargs)
     except (TypeError, ValueError) as e:
-        raise StudyError(f'cannot create {name} with {kwargs or "its defaults"}: {e}') from e
+        raise UserError(f'cannot create {name} with {kwargs or "its defaults"}: {e}') from e
 
 
 def initial_state(row: Row, first: Row, num_classes: int, seed: int) -> Dict[str, torch.Tensor]:

@@ -20,7 +20,7 @@ from typing import Any, Dict, Iterator, List, NamedTuple, Optional
 import torch
 from safetensors.torch import save_file
 
-from .errors import StudyError
+from ..errors import UserError
 
 try:
     import fcntl
@@ -61,7 +61,7 @@ class Store:
             try:
                 os.makedirs(self._path('checkpoints'), exist_ok=True)
             except OSError as e:
-                raise StudyError(f'cannot keep results in {folder}: {e.strerror}') from e
+                raise UserError(f'cannot keep results in {folder}: {e.strerror}') from e
 
     def _path(self, *names: str) -> str:
         return os.path.join(self.folder, *names)
@@ -70,7 +70,7 @@ class Store:
         """Fix what the runs of this folder share; returns it, `first` from the folder if that is older.
 
         Raises:
-            StudyError: If the folder holds runs of other settings.
+            UserError: If the folder holds runs of other settings.
         """
         settings = json.loads(json.dumps(settings))
         if not self.folder:
@@ -84,11 +84,11 @@ class Store:
                 write_file(path, json.dumps(settings, indent=2) + '\n')
                 return settings
             except ValueError as e:
-                raise StudyError(f'{path} cannot be read ({e}); choose another folder.') from e
+                raise UserError(f'{path} cannot be read ({e}); choose another folder.') from e
         differ = [key for key in settings if key != 'first' and settings[key] != old.get(key)]
         if differ:
             listed = ', '.join(f'{key} {old.get(key)} there, {settings[key]} here' for key in differ)
-            raise StudyError(f'{self.folder} holds a study with other settings ({listed}); choose another folder.')
+            raise UserError(f'{self.folder} holds a study with other settings ({listed}); choose another folder.')
         return old
 
     def finished(self, data: str) -> List[Dict[str, Any]]:

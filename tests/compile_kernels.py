@@ -1,0 +1,95 @@
+""" Compiles the Triton kernels for Hopper, without a GPU: python compile_kernels.py onchip|streamed
+
+Prints what each needs as JSON: registers, bytes of stack (what does not fit into registers) and of shared memory.
+"""
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from timm_sot.kernels import onchip, streamed
+
+POINTERS = {torch.float32: '*fp32', torch.bfloat16: '*bf16', torch.float16: '*fp16'}
+INDICES = {'index_ptr', 'row_max_index_ptr', 'largest_i_ptr', 'largest_j_ptr'}
+MATRICES = {
+    'q_ptr', 'k_ptr', 'x_ptr', 'y_ptr', 'value_ptr', 'grad_out_ptr', 'grad_q_ptr', 'grad_k_ptr', 'grad_value_ptr'}
+UNIT_STRIDES = {'stride_kd', 'stride_gd', 'stride_yd', 'stride_outd', 'stride_d'}
+FLOATS = {'reg', 'scale', 'keep_factor', 'log2_mass'}
+
+
+def matrices(kernel):
+    """Names of the pointers to the inputs' dtype; others are float32."""
+    names = set(MATRICES)
+    if 'value_ptr' not in kernel.arg_names:  # else v stands for a potential
+        names |= {'v_ptr', 'grad_v_ptr'}
+    if kernel.__name__ in ('_forward_kernel', '_output_kernel', '_cost_gradient_kernel'):
+        names.add('out_ptr')
+    return names
+
+
+def needs(kernel, dtype, constants, **options):
+    """What the compiled kernel needs; strides and pointers are multiples of 16, as a contiguous projection's are."""
+    signature, constexprs, attributes = {}, {}, {}
+    for i, name in enumerate(kernel.arg_names):
+        if name in constants or name in UNIT_STRIDES:
+            signature[name] = 'constexpr'
+            constexprs[(i,)] = constants.get(name, 1)
+            continue
+        if name == 'seed_ptr':
+            signature[name] = '*i64'
+        elif name in INDICES:
+            signature[name] = '*i32'
+        elif name.endswith('_ptr'):
+            signature[name] = POINTERS[dtype] if name in matrices(kernel) else '*fp32'
+        else:
+            signature[name] = 'fp32' if name in FLOATS else 'i32'
+        if name.endswith('_ptr') or name.startswith('stride') or name == 'D':
+            attributes[(i,)] = [['tt.divisibility', 16]]
+    compiled = triton.compile(
+        ASTSource(kernel, signature, constexprs, attributes), target=GPUTarget('cuda', 90, 32), options=options)
+    with tempfile.NamedTemporaryFile(suffix='.cubin') as f:
+        f.write(compiled.asm['cubin'])
+        f.flush()
+        cuobjdump = Path(triton.__file__).parent / 'backends/nvidia/bin/cuobjdump'
+        report = subprocess.run([cuobjdump, '-res-usage', f.name], capture_output=True, text=True, check=True).stdout
+    registers, stack = map(int, re.search(r'REG:(\d+) STACK:(\d+)', report).groups())
+    return dict(registers=registers, stack=stack, shared=compiled.metadata.shared)
+
+
+def onchip_needs():
+    for name, N, D, dtype, operands, dropout_p in (
+            ('bf16 16', 16, 64, torch.bfloat16, 'qk', 0.),
+            ('bf16 64', 64, 64, torch.bfloat16, 'qk', 0.),
+            ('bf16 64 sot_q', 64, 64, torch.bfloat16, 'q', 0.),
+            ('bf16 64 dropout', 64, 64, torch.bfloat16, 'qk', 0.1),
+            ('f32 64', 64, 64, torch.float32, 'qk', 0.),
+            ('bf16 128', 128, 128, torch.bfloat16, 'qk', 0.),
+    ):
+        q = torch.empty(1, 1, N, D, dtype=dtype)
+        constants = onchip._specialize(q, operands, True, 0.1, dropout_p, 'euclidean')
+        for way in ('forward', 'backward'):
+            options = getattr(onchip, f'_{way}_config')(constants['BLOCK_N'], constants['BLOCK_D'], dtype)
+            yield f'{way} {name}', needs(getattr(onchip, f'_{way}_kernel'), dtype, constants, **options)
+
+
+def streamed_needs():
+    constants = dict(
+        ADD=False, INIT=True, PLAN=True, SOFTMAX=True, DROPOUT=False, COSINE=False, PRECISION='tf32',
+        BLOCK=streamed.BLOCK, BLOCK_D=64)
+    for name in ('_norms_kernel', '_row_max_kernel', '_logsumexp_kernel', '_output_kernel', '_softmax_sums_kernel',
+                 '_plan_gradient_kernel', '_adjoint_kernel', '_cost_gradient_kernel'):
+        kernel = getattr(streamed, name)
+        for axis in (1, 0) if 'AXIS' in kernel.arg_names else (None,):
+            own = {k: v for k, v in dict(constants, AXIS=axis).items() if k in kernel.arg_names}
+            yield f'{name} {axis}', needs(kernel, torch.bfloat16, own, num_warps=4, num_stages=3)
+
+
+if __name__ == '__main__':
+    print(json.dumps(dict(onchip_needs() if sys.argv[1] == 'onchip' else streamed_needs())))

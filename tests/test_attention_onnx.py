@@ -1,0 +1,32 @@
+""" ONNX: exported models compute the same elsewhere """
+import pytest
+import timm
+import torch
+from timm.layers import set_exportable
+
+from reference import error
+
+pytest.importorskip('onnxscript')
+onnxruntime = pytest.importorskip('onnxruntime')
+
+
+@pytest.mark.filterwarnings('ignore')
+@pytest.mark.parametrize('how', ['exportable', 'fused_attn'])
+def test_cct_2_sot_qk(tmp_path, how):
+    torch.manual_seed(0)
+    if how == 'exportable':
+        with set_exportable(True):
+            model = timm.create_model('cct_2_sot_qk')
+    else:
+        model = timm.create_model('cct_2_sot_qk')
+        for block in model.blocks:
+            block.attn.fused_attn = False
+    model.eval()
+    assert not any(block.attn.fused_attn for block in model.blocks)
+    images = torch.randn(2, 3, 32, 32)
+    file = tmp_path / 'model.onnx'
+    torch.onnx.export(model, (images,), file, dynamo=True, verbose=False)
+    session = onnxruntime.InferenceSession(file, providers=['CPUExecutionProvider'])
+    logits, = session.run(None, {session.get_inputs()[0].name: images.numpy()})
+    with torch.no_grad():
+        assert error(torch.from_numpy(logits), model(images)) < 1e-4

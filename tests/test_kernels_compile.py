@@ -1,0 +1,35 @@
+""" The Triton kernels compile for a GPU, here or not, and fit on it """
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip('triton')
+SHARED_MEMORY = 227 * 1024  # of one program on Hopper
+
+
+def needs(which):
+    """In a process of its own, as this one may interpret."""
+    here = Path(__file__).parent
+    env = {name: value for name, value in os.environ.items() if name != 'TRITON_INTERPRET'}
+    env['PYTHONPATH'] = str(here.parent)
+    out = subprocess.run(
+        [sys.executable, str(here / 'compile_kernels.py'), which], env=env, check=True, stdout=subprocess.PIPE, text=True)
+    return json.loads(out.stdout.splitlines()[-1])
+
+
+def test_onchip():
+    for name, need in needs('onchip').items():
+        assert need['shared'] <= SHARED_MEMORY, (name, need)
+        if name in ('forward bf16 16', 'forward bf16 64', 'backward bf16 64'):
+            assert need['stack'] <= 128, (name, need)  # a few values to spill are cheaper than fewer programs at a time
+
+
+def test_streamed():
+    for name, need in needs('streamed').items():
+        assert need['shared'] <= SHARED_MEMORY, (name, need)
+        if not name.startswith('_cost_gradient_kernel'):
+            assert need['stack'] == 0, (name, need)

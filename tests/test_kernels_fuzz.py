@@ -1,0 +1,57 @@
+""" Every implementation of the operator on inputs that nobody thought of """
+import math
+
+import pytest
+import torch
+
+from kernels import HAS_CUDA, PATHS, VARIANTS, assert_close, device_of, expected, make_inputs, run
+
+pytest.importorskip('hypothesis')
+from hypothesis import HealthCheck, example, given, settings, strategies as st
+
+LAYOUTS = {
+    'fused projection': lambda x: x,
+    'contiguous': torch.Tensor.contiguous,
+    'transposed': lambda x: x.transpose(-2, -1).contiguous().transpose(-2, -1),
+    'every other channel': lambda x: x.repeat_interleave(2, dim=-1)[..., ::2],
+    'one for all': lambda x: x[:1].expand_as(x),
+}
+
+
+@example('sot_qk', 3, 64, 32, 'float32', 'fused projection', 0.1, 1., 3, 'euclidean', False)
+@given(
+    variant=st.sampled_from(VARIANTS),
+    seed=st.integers(0, 2 ** 20),
+    N=st.one_of(st.integers(1, 40), st.sampled_from([49, 64, 65, 100, 128])),
+    D=st.sampled_from([4, 16, 24, 32, 64]),
+    dtype=st.sampled_from(['float32', 'float16', 'bfloat16']),
+    layout=st.sampled_from(sorted(LAYOUTS)),
+    reg=st.floats(math.log(0.005), math.log(10.)).map(math.exp),
+    scale=st.sampled_from([1e-4, 1e-2, 1., 1e2, 1e4]),
+    iters=st.integers(1, 6),
+    distance=st.sampled_from(['euclidean', 'cosine']),
+    degenerate_rows=st.booleans(),
+)
+@settings(
+    max_examples=150 if HAS_CUDA else 12, deadline=None, derandomize=True,
+    suppress_health_check=list(HealthCheck))
+@pytest.mark.parametrize('path', PATHS)
+def test_never_nan(path, variant, seed, N, D, dtype, layout, reg, scale, iters, distance, degenerate_rows):
+    if variant == 'sot_qkt':
+        N = D
+    dtype, device = getattr(torch, dtype), device_of(path)
+    if dtype == torch.float16:
+        scale = min(max(scale, 1e-2), 1e2)  # beyond, the inputs or their gradients leave its range
+    tensors = list(make_inputs(2, 1, N, D, dtype, scale, seed, device))
+    if degenerate_rows:
+        tensors[0], tensors[1] = tensors[0].clone(), tensors[1].clone()
+        tensors[0][:, 0, ::2] = tensors[0][:, 0, :1]
+        tensors[1][:, 0, ::3] = tensors[0][:, 0, :1]
+        tensors[0][0, :, -1] = 0
+        tensors[1][0, :, 0] = 0
+    tensors = [LAYOUTS[layout](x) for x in tensors]
+    actual = run(path, *tensors, variant, reg=reg, iters=iters, distance=distance)
+    for name, x in zip(('out', 'dq', 'dk', 'dv'), actual):
+        assert x.isfinite().all(), name
+    if dtype == torch.float32 and not degenerate_rows and reg >= 0.05:
+        assert_close(actual[:1], expected(*tensors, variant, reg, iters, distance=distance)[:1], slack=10.)

@@ -1,0 +1,748 @@
+""" The loops of `cpu`, compiled by numba: one problem after another, every matrix of a problem in cache
+
+Importing this module needs numba. The first call compiles (seconds) and numba keeps the result next to this file or in
+the user's cache folder; where neither is writable, every process compiles anew.
+
+Matrices of a problem are scratch arrays padded with zeros to a multiple of 16 in both directions, which is what the
+tiles below read and write. `N` counts points, `R` and `W` are N and the width padded.
+"""
+import math
+
+import llvmlite.binding
+import numba
+import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+__all__ = ['forward', 'backward']
+
+LANES = 16
+# A tile of this size is accumulated in registers, which are 32 with AVX-512 and half as many and as wide with AVX2.
+TILE_ROWS = 4
+if llvmlite.binding.get_host_cpu_features().get('avx512f'):
+    TILE_COLUMNS = dict(dot=64, distance=64, pull=32)
+else:
+    TILE_COLUMNS = dict(dot=16, distance=16, pull=16)
+
+ZERO, HALF, ONE = np.float32(0.), np.float32(0.5), np.float32(1.)
+MASKED = np.float32(-1e30)  # a logarithm of 0 that differences do not turn into NaN
+LOG2_E = math.log2(math.e)
+
+
+def _jit(*args, **kwargs):
+    """numba.njit with compiled code cached on disk where that is possible."""
+    def decorate(function):
+        try:
+            return numba.njit(*args, nogil=True, cache=True, **kwargs)(function)
+        except RuntimeError:  # no writable folder
+            return numba.njit(*args, nogil=True, **kwargs)(function)
+    return decorate
+
+
+# Sums may be taken in any order. NaNs are not expected by the comparisons, and pass through the arithmetic.
+_fast = _jit(fastmath={'reassoc', 'contract', 'nsz', 'arcp', 'nnan'}, error_model='numpy')
+
+
+# Products
+
+def _product(kind: str):
+    """A function for c[i, j] = sum over k < depth of a product of a[i, k] and b[k, j].
+
+    The product is a b for 'dot', (a - b)^2 for 'distance' and a (x[i, j] - b) for 'pull'. `a` has any strides, the
+    others have contiguous rows; `rows` is a multiple of TILE_ROWS and `columns` of LANES.
+
+    LLVM's vectorizer does not find this form by itself, it keeps no tile in registers; and a library's product of two
+    matrices takes twice the time at 64 x 64. The order of the sum is that of k in every element, so that equal rows
+    have equal products, and a distance of exactly 0.
+    """
+    vector = ir.VectorType(ir.FloatType(), LANES)
+    undefined = ir.Constant(vector, ir.Undefined)
+    nothing = ir.Constant(vector, [0.] * LANES)
+    first_lane = ir.Constant(ir.IntType(32), 0)
+    every_lane = ir.Constant(ir.VectorType(ir.IntType(32), LANES), [0] * LANES)
+    fused = dict(flags=('contract',))  # multiplication and addition in one instruction
+
+    def tile(builder, a, b, c, x, i, j, depth, columns):
+        """One tile: TILE_ROWS x `columns` sums in registers."""
+        def number(value):
+            return ir.Constant(i.type, value)
+
+        def pointer(array, row, column, pointee):
+            stride_row, stride_column = cgutils.unpack_tuple(builder, array.strides, 2)
+            offset = builder.add(builder.mul(row, stride_row), builder.mul(column, stride_column))
+            address = builder.add(builder.ptrtoint(array.data, offset.type), offset)
+            return builder.inttoptr(address, pointee.as_pointer())
+
+        def vectors(array, row):
+            return [
+                builder.load(pointer(array, row, builder.add(j, number(w)), vector), align=4)
+                for w in range(0, columns, LANES)]
+
+        rows = [builder.add(i, number(r)) for r in range(TILE_ROWS)]
+        sums = [[cgutils.alloca_once(builder, vector) for _ in range(0, columns, LANES)] for _ in rows]
+        for cell in (cell for row in sums for cell in row):
+            builder.store(nothing, cell)
+        fixed = [vectors(x, row) for row in rows] if kind == 'pull' else None
+        with cgutils.for_range(builder, depth) as loop:
+            others = vectors(b, loop.index)
+            for r, row in enumerate(rows):
+                scalar = builder.load(pointer(a, row, loop.index, ir.FloatType()), align=4)
+                scalar = builder.insert_element(undefined, scalar, first_lane)
+                scalar = builder.shuffle_vector(scalar, undefined, every_lane)
+                for w, other in enumerate(others):
+                    left = scalar
+                    if kind == 'distance':
+                        left = other = builder.fsub(left, other)
+                    elif kind == 'pull':
+                        other = builder.fsub(fixed[r][w], other)
+                    product = builder.fmul(left, other, **fused)
+                    builder.store(builder.fadd(builder.load(sums[r][w]), product, **fused), sums[r][w])
+        for r, row in enumerate(rows):
+            for w, cell in enumerate(sums[r]):
+                target = pointer(c, row, builder.add(j, number(w * LANES)), vector)
+                builder.store(builder.load(cell), target, align=4)
+
+    @intrinsic
+    def product(context, a, b, c, x, rows, columns, depth):
+        def codegen(context, builder, signature, args):
+            arrays = [context.make_array(ty)(context, builder, arg) for ty, arg in zip(signature.args[:4], args)]
+            rows, columns, depth = args[4:]
+            width = TILE_COLUMNS[kind]
+            start, step = ir.Constant(rows.type, 0), ir.Constant(rows.type, TILE_ROWS)
+            full = builder.and_(columns, ir.Constant(rows.type, -width))  # a power of two
+            with cgutils.for_range_slice(builder, start, rows, step, rows.type) as (i, _):
+                for first, last, columns_of_tile in ((start, full, width), (full, columns, LANES)):
+                    step_j = ir.Constant(rows.type, columns_of_tile)
+                    with cgutils.for_range_slice(builder, first, last, step_j, rows.type) as (j, _):
+                        tile(builder, *arrays, i, j, depth, columns_of_tile)
+            return context.get_dummy_value()
+
+        return types.void(a, b, c, x, types.intp, types.intp, types.intp), codegen
+
+    return product
+
+
+_dot_tiles, _distance_tiles, _pull_tiles = _product('dot'), _product('distance'), _product('pull')
+
+
+@_jit()
+def _dot(a, b, c, rows, columns, depth):
+    """c = a @ b."""
+    _dot_tiles(a, b, c, c, rows, columns, depth)
+
+
+@_jit()
+def _distance(a, b, c, rows, columns, depth):
+    """c_ij = sum_k (a_ik - b_kj)^2."""
+    _distance_tiles(a, b, c, c, rows, columns, depth)
+
+
+@_jit()
+def _pull(a, x, b, c, rows, columns, depth):
+    """c_ij = sum_k a_ik (x_ij - b_kj)."""
+    _pull_tiles(a, b, c, x, rows, columns, depth)
+
+
+# Elements
+
+@intrinsic
+def _power_of_two(context, n):
+    """2^n in float32, for a whole number n of -126 to 127 in float32."""
+    def codegen(context, builder, signature, args):
+        exponent = builder.add(builder.fptosi(args[0], ir.IntType(32)), ir.Constant(ir.IntType(32), 127))
+        return builder.bitcast(builder.shl(exponent, ir.Constant(ir.IntType(32), 23)), ir.FloatType())
+
+    return types.float32(types.float32), codegen
+
+
+C1, C2, C3, C4, C5, C6 = (np.float32(c) for c in (  # of Cephes' exp2f
+    6.931472028550421e-1, 2.402264791363012e-1, 5.550332471162809e-2, 9.618437357674640e-3, 1.339887440266574e-3,
+    1.535336188319500e-4))
+LOWEST = np.float32(-126.)
+
+
+@_fast
+def _exp2(x):
+    """2^x for x <= 127, 0 below 2^-126; to 1e-7. LLVM has no vectorized exponential of its own."""
+    bounded = max(x, LOWEST)
+    whole = np.floor(bounded + HALF)
+    f = bounded - whole
+    power = ONE + f * (C1 + f * (C2 + f * (C3 + f * (C4 + f * (C5 + f * C6)))))
+    return power * _power_of_two(whole) if x >= LOWEST else ZERO
+
+
+@_fast
+def _inverse(x):
+    """1 / x, and 0 for 0."""
+    return ONE / x if x > ZERO else ZERO
+
+
+MIX_1, MIX_2 = np.uint32(0x7feb352d), np.uint32(0x846ca68b)
+S15, S16 = np.uint32(15), np.uint32(16)
+
+
+@_jit()
+def _mix(h):
+    """A permutation of the 32-bit numbers that leaves no pattern (lowbias32, https://nullprogram.com/blog/2018/07/31)."""
+    h ^= h >> S16
+    h = np.uint32(h * MIX_1)
+    h ^= h >> S15
+    h = np.uint32(h * MIX_2)
+    return np.uint32(h ^ (h >> S16))
+
+
+@_jit()
+def _dropout_row(factor, seed, row, drop_below, keep_factor):
+    """0 or `keep_factor` for each weight: a function of the seed, the row (of all rows of all problems) and the column.
+    """
+    key = np.uint64(seed) + np.uint64(row + 1) * np.uint64(0x9e3779b97f4a7c15)  # splitmix64
+    key = (key ^ (key >> np.uint64(30))) * np.uint64(0xbf58476d1ce4e5b9)
+    key = (key ^ (key >> np.uint64(27))) * np.uint64(0x94d049bb133111eb)
+    key ^= key >> np.uint64(31)
+    low, high = np.uint32(key), np.uint32(key >> np.uint64(32))
+    for j in range(factor.size):
+        factor[j] = keep_factor if _mix(np.uint32(_mix(np.uint32(np.uint32(j) ^ low)) ^ high)) >= drop_below else ZERO
+
+
+# Steps of one problem
+
+@_jit()
+def _matrix(rows, columns):
+    return np.zeros((rows, columns), np.float32)
+
+
+@_jit()
+def _vector(size):
+    return np.zeros(size, np.float32)
+
+
+@_jit()
+def _padded(n):
+    return (n + LANES - 1) // LANES * LANES
+
+
+# Loops where numpy would have assignments, which take numba many seconds more to compile.
+
+@_jit()
+def _fill(x, value):
+    for j in range(x.size):
+        x[j] = value
+
+
+@_jit()
+def _copy(source, target):
+    for j in range(source.size):
+        target[j] = source[j]
+
+
+@_jit()
+def _add(x, y):
+    for j in range(x.size):
+        x[j] += y[j]
+
+
+@_jit()
+def _multiply(x, y, out):
+    for j in range(x.size):
+        out[j] = x[j] * y[j]
+
+
+@_jit()
+def _load(flat, start, stride, out, rows, columns):
+    """Contiguous rows that are `stride` apart."""
+    for i in range(rows):
+        source, target = flat[start + i * stride:start + i * stride + columns], out[i]
+        for j in range(columns):
+            target[j] = source[j]
+
+
+@_jit()
+def _load_transposed(flat, start, stride, out, rows, columns):
+    for i in range(rows):
+        source = flat[start + i * stride:start + i * stride + columns]
+        for j in range(columns):
+            out[j, i] = source[j]
+
+
+@_jit()
+def _store(x, flat, start, stride, rows, columns):
+    for i in range(rows):
+        source, target = x[i], flat[start + i * stride:start + i * stride + columns]
+        for j in range(columns):
+            target[j] = source[j]
+
+
+@_jit()
+def _store_transposed(x, flat, start, stride, rows, columns):
+    for i in range(rows):
+        target = flat[start + i * stride:start + i * stride + columns]
+        for j in range(columns):
+            target[j] = x[j, i]
+
+
+@_fast
+def _to_unit_rows(x, inverse_norms, N):
+    """Divide the rows by their length, in place; a zero row stays zero."""
+    for i in range(N):
+        row = x[i]
+        square = ZERO
+        for d in range(row.size):
+            square += row[d] * row[d]
+        inverse_norms[i] = _inverse(np.sqrt(square))
+        for d in range(row.size):
+            row[d] *= inverse_norms[i]
+
+
+@_jit()
+def _transpose(x, out):
+    for i in range(x.shape[0]):
+        for j in range(x.shape[1]):
+            out[j, i] = x[i, j]
+
+
+@_fast
+def _row_max(row):
+    largest = ZERO
+    for j in range(row.size):
+        largest = max(largest, row[j])
+    return largest
+
+
+@_fast
+def _costs(x, y_transposed, scratch, costs, N, D, cosine):
+    """Distances in the first N rows of `costs`, 0 in the padding, and the largest of each row in the row after."""
+    R = scratch.shape[0]
+    if cosine:
+        _dot(x, y_transposed, scratch, R, R, D)
+    else:
+        _distance(x, y_transposed, scratch, R, R, D)
+    for i in range(N):
+        source, target = scratch[i], costs[i]
+        if cosine:
+            for j in range(R):
+                target[j] = max(ONE - source[j], ZERO)
+        else:
+            for j in range(R):
+                target[j] = np.sqrt(source[j])
+        for j in range(N, R):
+            target[j] = ZERO
+        costs[N, i] = _row_max(target)
+
+
+@_fast
+def _kernel(costs, kernel, N, reg, log):
+    """Kernel matrix, or its logarithm to base 2, with masked diagonal; the row maxima of the costs divide them."""
+    log2_e = np.float32(LOG2_E)
+    for i in range(N):
+        source, target = costs[i], kernel[i]
+        factor = -log2_e / reg * _inverse(costs[N, i])
+        if log:
+            for j in range(source.size):
+                target[j] = source[j] * factor
+        else:
+            for j in range(source.size):
+                target[j] = _exp2(source[j] * factor)
+        masked = MASKED if log else ZERO
+        for j in range(N, source.size):
+            target[j] = masked
+        if N > 1:  # a single point has only itself
+            target[i] = masked
+
+
+@_fast
+def _products(kernel, x, i):
+    """kernel[i:i+4] @ x: of several rows at once, the sums do not wait for each other."""
+    r0, r1, r2, r3 = kernel[i], kernel[i + 1], kernel[i + 2], kernel[i + 3]
+    p0, p1, p2, p3 = ZERO, ZERO, ZERO, ZERO
+    for j in range(x.size):
+        p0 += r0[j] * x[j]
+        p1 += r1[j] * x[j]
+        p2 += r2[j] * x[j]
+        p3 += r3[j] * x[j]
+    return p0, p1, p2, p3
+
+
+@_fast
+def _add_rows(kernel, x, i, sums):
+    """sums += x[i:i+4] @ kernel[i:i+4]."""
+    r0, r1, r2, r3 = kernel[i], kernel[i + 1], kernel[i + 2], kernel[i + 3]
+    x0, x1, x2, x3 = x[i], x[i + 1], x[i + 2], x[i + 3]
+    for j in range(sums.size):
+        sums[j] += r0[j] * x0 + r1[j] * x1 + r2[j] * x2 + r3[j] * x3
+
+
+@_fast
+def _iterate(kernel, a, b, sums, N):
+    """One iteration in the scaling form a = r / (K b), b = c / (K^T a), in one pass over the matrix."""
+    mass = ONE / np.float32(N)
+    _fill(sums, ZERO)
+    for i in range(0, N, 4):
+        p0, p1, p2, p3 = _products(kernel, b, i)
+        # rows of the padding are 0, and have 0
+        a[i], a[i + 1], a[i + 2], a[i + 3] = (
+            mass * _inverse(p0), mass * _inverse(p1), mass * _inverse(p2), mass * _inverse(p3))
+        _add_rows(kernel, a, i, sums)
+    for j in range(N):
+        b[j] = mass / sums[j]
+
+
+@_fast
+def _iterate_log(kernel, a, b, sums, terms, N):
+    """One iteration on the logarithms, with one exponential per entry: the column sums reuse those of the row sums."""
+    log2_mass = np.float32(-math.log2(N))
+    _fill(sums, ZERO)
+    for i in range(N):
+        row = kernel[i]
+        largest = MASKED
+        for j in range(row.size):
+            terms[j] = row[j] + b[j]
+            largest = max(largest, terms[j])
+        total = ZERO
+        for j in range(row.size):
+            terms[j] = _exp2(terms[j] - largest)
+            total += terms[j]
+        a[i] = log2_mass - largest - np.float32(math.log2(total))
+        inverse = ONE / total
+        for j in range(row.size):
+            sums[j] += terms[j] * inverse
+    for j in range(N):
+        if sums[j] > np.float32(1e-25):
+            b[j] -= np.float32(math.log2(sums[j]))
+            continue
+        # all terms were lost against those of other columns
+        largest = MASKED
+        for i in range(N):
+            largest = max(largest, kernel[i, j] + a[i])
+        total = ZERO
+        for i in range(N):
+            total += _exp2(kernel[i, j] + a[i] - largest)
+        b[j] = log2_mass - largest - np.float32(math.log2(total))
+
+
+@_fast
+def _sot(kernel, a, b, sot, largests, N, log):
+    """The plan through the sigmoid, 0 on the diagonal, and the largest entry."""
+    _fill(largests, ZERO)
+    for i in range(N):
+        source, target = kernel[i], sot[i]
+        a_i = a[i]
+        if log:
+            for j in range(source.size):
+                plan = _exp2(source[j] + a_i + b[j])
+                target[j] = plan / (ONE + plan)
+        else:
+            for j in range(source.size):
+                plan = source[j] * a_i * b[j]
+                target[j] = plan / (ONE + plan)
+        target[i] = ZERO
+        for j in range(source.size):
+            largests[j] = max(largests[j], target[j])
+    return _row_max(largests)
+
+
+@_fast
+def _weights(sot, inverse_largest, weights, N, scale, softmax):
+    """Attention weights, 0 in the padded columns."""
+    factor = scale * np.float32(LOG2_E)
+    for i in range(N):
+        source, target = sot[i], weights[i]
+        if softmax:
+            # the unit diagonal is the largest entry of its row
+            for j in range(source.size):
+                target[j] = _exp2((source[j] * inverse_largest - ONE) * factor)
+            target[i] = ONE
+            for j in range(N, source.size):
+                target[j] = ZERO
+            total = ZERO
+            for j in range(source.size):
+                total += target[j]
+            inverse = ONE / total
+            for j in range(source.size):
+                target[j] *= inverse
+        else:
+            for j in range(source.size):
+                target[j] = source[j] * inverse_largest * scale
+            target[i] = scale
+
+
+@_fast
+def _iterate_backward(
+        kernel, a, b, b_before, grad_a, grad_b, row_factor_b, row_factor_a, column_factor_b, column_factor_a, sums, N):
+    """Gradients of the scaling vectors' logarithms through one iteration.
+
+    On entry `grad_a`, `grad_b` are those of log a, log b, on return 0 and that of log b before. The iteration's part of
+    the gradient of the log-kernel is -K times the sum of the two products of a row and a column factor.
+    """
+    count = np.float32(N)
+    for j in range(grad_b.size):
+        column_factor_b[j] = count * grad_b[j] * b[j]
+        column_factor_a[j] = b_before[j]
+    _fill(sums, ZERO)
+    for i in range(0, N, 4):
+        products = _products(kernel, column_factor_b, i)
+        for k in range(4):
+            row_factor_b[i + k] = a[i + k]
+            row_factor_a[i + k] = count * (grad_a[i + k] - a[i + k] * products[k]) * a[i + k]
+            grad_a[i + k] = ZERO
+        _add_rows(kernel, row_factor_a, i, sums)
+    for j in range(grad_b.size):
+        grad_b[j] = -b_before[j] * sums[j]
+
+
+@_fast
+def _iterate_backward_log(kernel, a, b, b_before, grad_a, grad_b, grad, sums, N):
+    """The same for the logarithms; the part of the gradient of the log-kernel is added to `grad`."""
+    count = np.float32(N)
+    _fill(sums, ZERO)
+    for i in range(N):
+        row, target = kernel[i], grad[i]
+        a_i = a[i]
+        product = ZERO
+        for j in range(row.size):
+            step = _exp2(row[j] + a_i + b[j]) * (count * grad_b[j])
+            target[j] -= step
+            product += step
+        factor = count * (grad_a[i] - product)
+        grad_a[i] = ZERO
+        for j in range(row.size):
+            step = _exp2(row[j] + a_i + b_before[j]) * factor
+            target[j] -= step
+            sums[j] += step
+    for j in range(grad_b.size):
+        grad_b[j] = -sums[j]
+
+
+@_fast
+def _subtract_product(out, x, y, N):
+    for i in range(N):
+        o, p, q = out[i], x[i], y[i]
+        for j in range(o.size):
+            o[j] -= p[j] * q[j]
+
+
+@_fast
+def _sot_backward(sot, weights, grad, inverse_largest, largest, grad_a, grad_b, N, scale, softmax):
+    """Gradient of the weights to that of the log-plan, in place, and its row and column sums."""
+    moment = ZERO
+    ties = ZERO
+    for i in range(N):
+        s, w, g = sot[i], weights[i], grad[i]
+        delta = ZERO
+        if softmax:
+            for j in range(g.size):
+                delta += w[j] * g[j]
+            for j in range(g.size):
+                g[j] = w[j] * (g[j] - delta)
+        for j in range(g.size):
+            g[j] *= scale * inverse_largest
+            moment += g[j] * s[j]
+            ties += ONE if s[j] == largest else ZERO
+    grad_largest = -moment * inverse_largest / ties  # equal maxima share the gradient
+    _fill(grad_b, ZERO)
+    for i in range(N):
+        s, g = sot[i], grad[i]
+        total = ZERO
+        for j in range(g.size):
+            value = (g[j] + (grad_largest if s[j] == largest else ZERO)) * (s[j] * (ONE - s[j]))
+            g[j] = value
+            total += value
+            grad_b[j] += value
+        grad_a[i] = total
+
+
+@_fast
+def _costs_backward(costs, grad, N, reg, cosine):
+    """Gradient of the log-kernel to that of the costs, divided by them where they are distances; in place."""
+    for i in range(N):
+        c, g = costs[i], grad[i]
+        largest = costs[N, i]
+        inverse = _inverse(largest)
+        moment = ZERO
+        ties = ZERO
+        for j in range(g.size):
+            g[j] *= -inverse / reg
+            moment += g[j] * c[j]
+            ties += ONE if c[j] == largest else ZERO
+        grad_largest = -moment * inverse / ties
+        for j in range(g.size):
+            g[j] += grad_largest if c[j] == largest else ZERO
+        if not cosine:
+            for j in range(g.size):
+                g[j] = g[j] / c[j] if c[j] > ZERO else ZERO
+
+
+@_fast
+def _cosine_backward(grad, unit, inverse_norms, N):
+    """Gradient of the unit rows, negated as the costs are, to that of the rows; in place."""
+    for i in range(N):
+        g, x = grad[i], unit[i]
+        along = ZERO
+        for d in range(g.size):
+            along += g[d] * x[d]
+        for d in range(g.size):
+            g[d] = (along * x[d] - g[d]) * inverse_norms[i]
+
+
+@_jit()
+def _load_points(flat, start, stride, x, transposed, N, D, through_transpose):
+    """Points in rows and in columns; `through_transpose`: the points are the columns of what is stored."""
+    if through_transpose:
+        _load_transposed(flat, start, stride, x, N, D)
+        _load(flat, start, stride, transposed, N, D)
+    else:
+        _load(flat, start, stride, x, N, D)
+        _load_transposed(flat, start, stride, transposed, N, D)
+
+
+@_jit(error_model='numpy')
+def forward(
+        first, last, heads, q, q_strides, k, k_strides, v, v_strides, out, out_strides, saved, seed,
+        N, D, iters, reg, scale, drop_below, keep_factor, own, through_transpose, cosine, softmax, log, keep, dropout):
+    """Problems `first` to `last` of `cpu.sot_attention_forward`."""
+    # each allocated by itself: numba does not know that parts of an array are contiguous
+    R, W = _padded(N), _padded(D)
+    x, y, values, result = _matrix(R, W), _matrix(R, W), _matrix(R, W), _matrix(R, W)
+    y_transposed = _matrix(W, R)
+    kernel, sot, weights = _matrix(R, R), _matrix(R, R), _matrix(R, R)
+    a, b, sums, terms, inverse_norms, factor = _vector(R), _vector(R), _vector(R), _vector(R), _vector(R), _vector(R)
+    start_b = ZERO if log else ONE
+    for problem in range(first, last):
+        batch, head = problem // heads, problem % heads
+        costs = saved[problem]  # N rows of costs, their maxima, then the scaling vectors
+
+        start = batch * q_strides[0] + head * q_strides[1]
+        _load(q, start, q_strides[2], x, N, D)
+        if own:
+            _load_transposed(q, start, q_strides[2], y_transposed, N, D)
+        else:
+            start = batch * k_strides[0] + head * k_strides[1]
+            _load_points(k, start, k_strides[2], y, y_transposed, N, D, through_transpose)
+        if cosine:
+            _to_unit_rows(x, inverse_norms, N)
+            if own:
+                _transpose(x, y_transposed)
+            else:
+                _to_unit_rows(y, inverse_norms, N)
+                _transpose(y, y_transposed)
+        _costs(x, y_transposed, sot, costs, N, D, cosine)
+
+        _kernel(costs, kernel, N, reg, log)
+        _fill(b[:N], start_b)
+        for t in range(iters):
+            if log:
+                _iterate_log(kernel, a, b, sums, terms, N)
+            else:
+                _iterate(kernel, a, b, sums, N)
+            if keep:
+                _copy(a, costs[N + 1 + 2 * t])
+                _copy(b, costs[N + 2 + 2 * t])
+        inverse_largest = _inverse(_sot(kernel, a, b, sot, sums, N, log))
+        _weights(sot, inverse_largest, weights, N, scale, softmax)
+        if dropout:
+            for i in range(N):
+                _dropout_row(factor, seed[0], problem * N + i, drop_below, keep_factor)
+                _multiply(weights[i], factor, weights[i])
+
+        _load(v, batch * v_strides[0] + head * v_strides[1], v_strides[2], values, N, D)
+        _dot(weights, values, result, R, W, N)
+        _store(result, out, batch * out_strides[0] + head * out_strides[1], out_strides[2], N, D)
+
+
+@_jit(error_model='numpy')
+def backward(
+        first, last, heads, q, q_strides, k, k_strides, v, v_strides, grad_out, grad_out_strides, saved, seed,
+        grad_q, grad_k, grad_v, grad_strides,
+        N, D, iters, reg, scale, drop_below, keep_factor, own, through_transpose, cosine, softmax, log, keep, dropout):
+    """Problems `first` to `last` of `cpu.sot_attention_backward`."""
+    R, W = _padded(N), _padded(D)
+    x, y, upstream, result, other = _matrix(R, W), _matrix(R, W), _matrix(R, W), _matrix(R, W), _matrix(R, W)
+    transposed = _matrix(W, R)
+    kernel, sot, weights, grad, scratch = _matrix(R, R), _matrix(R, R), _matrix(R, R), _matrix(R, R), _matrix(R, R)
+    row_factors, column_factors = _matrix(2 * iters, R), _matrix(2 * iters, R)
+    rows, columns = _matrix(iters, R), _matrix(iters + 1, R)  # scaling vectors after each iteration; columns' before too
+    a, b, grad_a, grad_b, sums, factor = _vector(R), _vector(R), _vector(R), _vector(R), _vector(R), _vector(R)
+    inverse_norms, other_inverse_norms = _vector(R), _vector(R)
+    start_b = ZERO if log else ONE
+    for problem in range(first, last):
+        batch, head = problem // heads, problem % heads
+        grad_start = batch * grad_strides[0] + head * grad_strides[1]
+        costs = saved[problem]
+
+        # the matrices of the forward pass
+        _kernel(costs, kernel, N, reg, log)
+        _fill(b[:N], start_b)
+        _copy(b, columns[0])
+        for t in range(iters):
+            if keep:
+                _copy(costs[N + 1 + 2 * t], rows[t])
+                _copy(costs[N + 2 + 2 * t], columns[t + 1])
+            else:
+                if log:
+                    _iterate_log(kernel, a, b, sums, factor, N)
+                else:
+                    _iterate(kernel, a, b, sums, N)
+                _copy(a, rows[t])
+                _copy(b, columns[t + 1])
+        largest = _sot(kernel, rows[iters - 1], columns[iters], sot, sums, N, log)
+        inverse_largest = _inverse(largest)
+        _weights(sot, inverse_largest, weights, N, scale, softmax)
+
+        # out = dropout(weights) v
+        _load(grad_out, batch * grad_out_strides[0] + head * grad_out_strides[1], grad_out_strides[2], upstream, N, D)
+        _load_transposed(v, batch * v_strides[0] + head * v_strides[1], v_strides[2], transposed, N, D)
+        _dot(upstream, transposed, grad, R, R, D)
+        if dropout:
+            for i in range(N):
+                _dropout_row(factor, seed[0], problem * N + i, drop_below, keep_factor)
+                _multiply(grad[i], factor, grad[i])
+                _multiply(weights[i], factor, scratch[i])
+            _dot(scratch.T, upstream, result, R, W, N)
+        else:
+            _dot(weights.T, upstream, result, R, W, N)
+        _store(result, grad_v, grad_start, grad_strides[2], N, D)
+
+        _sot_backward(sot, weights, grad, inverse_largest, largest, grad_a, grad_b, N, scale, softmax)
+        for t in range(iters - 1, -1, -1):
+            if log:
+                _iterate_backward_log(
+                    kernel, rows[t], columns[t + 1], columns[t], grad_a, grad_b, grad, sums, N)
+            else:
+                _iterate_backward(
+                    kernel, rows[t], columns[t + 1], columns[t], grad_a, grad_b,
+                    row_factors[2 * t], row_factors[2 * t + 1], column_factors[2 * t], column_factors[2 * t + 1],
+                    sums, N)
+        if not log:
+            _dot(row_factors.T, column_factors, scratch, R, R, 2 * iters)
+            _subtract_product(grad, kernel, scratch, N)
+        _costs_backward(costs, grad, N, reg, cosine)
+
+        _load(q, batch * q_strides[0] + head * q_strides[1], q_strides[2], x, N, D)
+        if own:
+            for i in range(N):
+                _copy(x[i], y[i])
+        else:
+            start = batch * k_strides[0] + head * k_strides[1]
+            if through_transpose:
+                _load_transposed(k, start, k_strides[2], y, N, D)
+            else:
+                _load(k, start, k_strides[2], y, N, D)
+        if cosine:
+            _to_unit_rows(x, inverse_norms, N)
+            _to_unit_rows(y, other_inverse_norms, N)
+            _dot(grad, y, result, R, W, N)
+            _dot(grad.T, x, other, R, W, N)
+            _cosine_backward(result, x, inverse_norms, N)
+            _cosine_backward(other, y, other_inverse_norms, N)
+        else:
+            _pull(grad, x, y, result, R, W, N)
+            _pull(grad.T, y, x, other, R, W, N)
+        if own:
+            for i in range(N):
+                _add(result[i], other[i])
+        elif through_transpose:
+            _store_transposed(other, grad_k, grad_start, grad_strides[2], N, D)
+        else:
+            _store(other, grad_k, grad_start, grad_strides[2], N, D)
+        _store(result, grad_q, grad_start, grad_strides[2], N, D)

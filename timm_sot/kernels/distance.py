@@ -1,0 +1,90 @@
+""" Euclidean distances as one operator with a backward pass of its own, in plain torch for any device
+
+Equal points are at distance exactly 0 and have gradient 0 there, and points that are close to each other are as exact
+as others. As a product of matrices in float32, |x|^2 + |y|^2 - 2xy has neither, and difference by difference it takes
+many times as long; in float64 the product has both.
+"""
+from typing import Tuple
+
+import torch
+
+__all__ = ['distance_by_product', 'euclidean_distance']
+
+# Squared distances below this part of |x|^2 + |y|^2, about the mean, are rounding errors of float64: distances of less
+# than half a unit of float32 in the last place.
+NEGLIGIBLE = 1e-15
+
+
+@torch.library.custom_op('timm_sot::euclidean_distance', mutates_args=())
+def euclidean_distance(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """||x_i - y_j||_2 of points (..., N, D), (..., M, D) in float32 or float64, to (..., N, M)."""
+    if x.dtype == torch.float64 or x.device.type != 'cpu':
+        return torch.cdist(x, y, compute_mode='donot_use_mm_for_euclid_dist')
+    return distance_by_product(x, y)
+
+
+@euclidean_distance.register_fake
+def _(x, y):
+    return x.new_empty(*x.shape[:-1], y.shape[-2])
+
+
+@torch.library.custom_op('timm_sot::euclidean_distance_backward', mutates_args=())
+def euclidean_distance_backward(
+        grad: torch.Tensor,
+        x: torch.Tensor,
+        y: torch.Tensor,
+        distance: torch.Tensor,
+) -> Tuple[torch.Tensor, torch.Tensor]:
+    """Gradients for x and y; that of a distance of 0 is 0.
+
+    With w = grad / distance the gradient of x_i is sum_j w_ij (x_i - y_j): with a product, a difference of sums that
+    cancel for a small distance, hence float64.
+    """
+    dtype = x.dtype
+    x, y = _centered(x, y)
+    weights = (grad / distance.masked_fill(distance == 0, float('inf'))).double()
+    with torch.autocast(x.device.type, enabled=False):
+        grad_x = weights.sum(dim=-1)[..., None] * x - weights @ y
+        grad_y = weights.sum(dim=-2)[..., None] * y - weights.transpose(-2, -1) @ x
+    return grad_x.to(dtype), grad_y.to(dtype)
+
+
+@euclidean_distance_backward.register_fake
+def _(grad, x, y, distance):
+    return x.new_empty(x.shape), y.new_empty(y.shape)
+
+
+def _setup_context(ctx, inputs, output):
+    ctx.save_for_backward(*inputs, output)
+
+
+def _differentiate(ctx, grad):
+    return euclidean_distance_backward(grad, *ctx.saved_tensors)
+
+
+def _refuse(ctx, *grads):
+    raise RuntimeError('The transform has no second derivative for Euclidean distances.')
+
+
+euclidean_distance.register_autograd(_differentiate, setup_context=_setup_context)
+euclidean_distance_backward.register_autograd(_refuse)
+
+
+def distance_by_product(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """The same in operations that every format knows, for float32; its derivative at 0 is infinite."""
+    dtype = x.dtype
+    x, y = _centered(x, y)
+    # (..., N, M) in float64 is passed over as little as possible
+    xx, yy = (z.square().sum(dim=-1, keepdim=True) for z in (x, y))
+    one = torch.ones_like(xx)
+    square = torch.cat([-2. * x, xx, one], dim=-1) @ torch.cat([y, torch.ones_like(yy), yy], dim=-1).transpose(-2, -1)
+    square, xx, yy = square.to(dtype), xx.to(dtype), yy.to(dtype)
+    square = square.masked_fill(square <= NEGLIGIBLE * (xx + yy.transpose(-2, -1)), 0.)
+    return square.sqrt()
+
+
+def _centered(x: torch.Tensor, y: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
+    """In float64, about the mean of y."""
+    y = y.double()
+    mean = y.mean(dim=-2, keepdim=True)
+    return x - mean, y - mean

@@ -1,0 +1,177 @@
+""" SOT attention as one operator, and the choice of what computes it
+
+`torch.ops.timm_sot.sot_attention` is opaque to torch.compile, torch.export and their fake tensors; so is its backward,
+an operator of its own. The modules that implement them are imported when they are first used, for Triton and numba are
+not everywhere.
+"""
+import functools
+import importlib
+import importlib.util
+from types import ModuleType
+from typing import Optional, Tuple
+
+import torch
+
+from . import cpu
+
+__all__ = ['choose_path', 'fused_sot_attention']
+
+HAS_CPU = cpu.available()
+HAS_TRITON = torch.version.cuda is not None and importlib.util.find_spec('triton') is not None
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+ONCHIP_MAX_TOKENS = 128  # above, an N x N matrix in float32 no longer fits into the registers of one program
+TRITON_MAX_WIDTH = 128  # above, nor do the queries, keys and values of a tile into its memory
+
+
+def choose_path(
+        device: torch.device,
+        dtype: torch.dtype,
+        tokens: int,
+        head_width: int,
+        tol: Optional[float] = None,
+) -> str:
+    """What computes SOT attention: the one rule.
+
+    Args:
+        device: Device of the queries, keys and values.
+        dtype: Their dtype.
+        tokens: Number of tokens.
+        head_width: Width of a head.
+        tol: Early stop of the iterations, which couples the images of a batch.
+
+    Returns:
+        'onchip' or 'streamed' for the Triton kernels, 'cpu' for the fused loops, 'eager' for plain torch.
+    """
+    if tol is not None or dtype not in DTYPES:
+        return 'eager'
+    if device.type == 'cuda':
+        # Triton's tensor cores begin with Ampere
+        if HAS_TRITON and head_width <= TRITON_MAX_WIDTH and torch.cuda.is_available() and (
+                torch.cuda.get_device_properties(device).major >= 8):
+            return 'onchip' if tokens <= ONCHIP_MAX_TOKENS else 'streamed'
+    elif device.type == 'cpu':
+        if HAS_CPU and tokens <= cpu.MAX_TOKENS:
+            return 'cpu'
+    return 'eager'
+
+
+@functools.lru_cache(maxsize=None)
+def _implementation(path: str) -> ModuleType:
+    return importlib.import_module(f'{__package__}.{path}')
+
+
+def fused_sot_attention(
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        operands: str,
+        softmax: bool,
+        reg: float,
+        iters: int,
+        scale: float,
+        dropout_p: float,
+        distance: str,
+        path: str,
+) -> torch.Tensor:
+    """Output of SOT attention by the implementation `path`, which is none but 'eager'; (B, H, N, D) each.
+
+    Args:
+        q: Queries.
+        k: Keys.
+        v: Values; the queries and keys are taken in their dtype.
+        operands: What is matched, see :class:`timm_sot.attention.Variant`.
+        softmax: Whether a softmax over the keys follows.
+        reg: Entropy regularization.
+        iters: Number of Sinkhorn iterations.
+        scale: Factor on the SOT matrix.
+        dropout_p: Dropout probability of the attention weights. The mask is a function of one number that torch's
+            generator of the device draws, so that it follows torch.manual_seed and checkpointing without a host in
+            between.
+        distance: 'euclidean' or 'cosine'.
+        path: As `choose_path` returns it.
+    """
+    q, k = q.to(v.dtype), k.to(v.dtype)  # under autocast a norm of the queries and keys widens them, but not the values
+    seed = torch.randint(2 ** 62, (), device=q.device) if dropout_p > 0. else None
+    out, _ = torch.ops.timm_sot.sot_attention(
+        q, k, v, operands, softmax, reg, iters, scale, dropout_p, seed, distance, path)
+    return out
+
+
+@torch.library.custom_op('timm_sot::sot_attention', mutates_args=())
+def _forward(
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        operands: str,
+        softmax: bool,
+        reg: float,
+        iters: int,
+        scale: float,
+        dropout_p: float,
+        seed: Optional[torch.Tensor],
+        distance: str,
+        path: str,
+) -> Tuple[torch.Tensor, torch.Tensor]:
+    return _implementation(path).sot_attention_forward(
+        q, k, v, operands, softmax, reg, iters, scale, dropout_p, seed, distance)
+
+
+@_forward.register_fake
+def _(q, k, v, operands, softmax, reg, iters, scale, dropout_p, seed, distance, path):
+    return _implementation(path).sot_attention_forward_fake(
+        q, k, v, operands, softmax, reg, iters, scale, dropout_p, seed, distance)
+
+
+@torch.library.custom_op('timm_sot::sot_attention_backward', mutates_args=())
+def _backward(
+        grad_out: torch.Tensor,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        saved: torch.Tensor,
+        operands: str,
+        softmax: bool,
+        reg: float,
+        iters: int,
+        scale: float,
+        dropout_p: float,
+        seed: Optional[torch.Tensor],
+        distance: str,
+        path: str,
+) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return _implementation(path).sot_attention_backward(
+        grad_out, q, k, v, saved, operands, softmax, reg, iters, scale, dropout_p, seed, distance)
+
+
+@_backward.register_fake
+def _(grad_out, q, k, v, saved, operands, softmax, reg, iters, scale, dropout_p, seed, distance, path):
+    return _implementation(path).sot_attention_backward_fake(
+        grad_out, q, k, v, saved, operands, softmax, reg, iters, scale, dropout_p, seed, distance)
+
+
+def _setup_context(ctx, inputs, output):
+    q, k, v, *settings = inputs
+    *ctx.before, seed, ctx.distance, ctx.path = settings
+    _, saved = output
+    ctx.save_for_backward(q, k, v, saved, seed)
+    ctx.mark_non_differentiable(saved)
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx, grad_out, _):
+    q, k, v, saved, seed = ctx.saved_tensors
+    grad_q, grad_k, grad_v = torch.ops.timm_sot.sot_attention_backward(
+        grad_out, q, k, v, saved, *ctx.before, seed, ctx.distance, ctx.path)
+    no_keys = ctx.before[0] == 'q'
+    return grad_q, None if no_keys else grad_k, grad_v, *[None] * 9
+
+
+def _refuse(ctx, *grads):
+    raise RuntimeError(
+        'Fused SOT attention has no second derivative. Set fused_attn of the attention layers to False (or call '
+        'timm.layers.set_fused_attn(False) before the model is created) to differentiate twice.')
+
+
+_forward.register_autograd(_differentiate, setup_context=_setup_context)
+_backward.register_autograd(_refuse)

@@ -1,0 +1,186 @@
+""" The Sinkhorn iterations as one operator with a backward pass of its own, in plain torch for any device
+
+Kept for the backward pass is the log-kernel alone, however many iterations: the vectors are found again. With C_t the
+plan after iteration t with its columns scaled to sum 1, R_t the one after its row step with its rows scaled to sum 1,
+and gu_t, gv_t the gradients of the potentials u_t, v_t, from the last iteration to the first
+
+    gu_t -= C_t gv_t,    gv_{t-1} = -R_t^T gu_t,    gradient of the log-kernel -= C_t gv_t^T + gu_t R_t (row by row)
+
+In the scaling form C_t = a_t K b_t / c and R_t = a_t K b_{t-1} / r, so that the last part is K times a sum of outer
+products of vectors, which is one product of matrices.
+"""
+import math
+from typing import List, Tuple
+
+import torch
+
+__all__ = ['sinkhorn', 'scaling_is_safe']
+
+
+def scaling_is_safe(spread: float, dtype: torch.dtype) -> bool:
+    """Whether exp(log-kernel) and its scaling vectors stay in the range of a dtype.
+
+    Args:
+        spread: Largest difference between two finite entries of the log-kernel. The logarithms of the scaling vectors
+            span a few times as much, with masked entries.
+        dtype: float32, which ends at exp(88), or float64, which ends at exp(709).
+    """
+    return spread <= (160. if dtype == torch.float64 else 20.)
+
+
+@torch.library.custom_op('timm_sot::sinkhorn', mutates_args=())
+def sinkhorn(log_kernel: torch.Tensor, iters: int, log_r: float, log_c: float, scaling: bool) -> torch.Tensor:
+    """Log-kernel (..., N, M) to log-plan.
+
+    Args:
+        log_kernel: In float32 or float64.
+        iters: Number of iterations.
+        log_r: Logarithm of the mass of each row.
+        log_c: Logarithm of the mass of each column.
+        scaling: Iterate a = r / (K b), b = c / (K^T a) with K = exp(log_kernel), see `scaling_is_safe`; else on
+            logarithms.
+    """
+    problems = _problems(log_kernel)
+    with torch.autocast(log_kernel.device.type, enabled=False):
+        rows, columns = _iterate(problems.exp() if scaling else problems, iters, log_r, log_c, scaling)
+        u, v = rows[-1], columns[-1]
+        if scaling:
+            u, v = u.log(), v.log()
+        return (problems + u).add_(v).view(log_kernel.shape)
+
+
+@sinkhorn.register_fake
+def _(log_kernel, iters, log_r, log_c, scaling):
+    return log_kernel.new_empty(log_kernel.shape)
+
+
+@torch.library.custom_op('timm_sot::sinkhorn_backward', mutates_args=())
+def sinkhorn_backward(
+        grad: torch.Tensor,
+        log_kernel: torch.Tensor,
+        iters: int,
+        log_r: float,
+        log_c: float,
+        scaling: bool,
+) -> torch.Tensor:
+    """Gradient of the log-plan to that of the log-kernel."""
+    with torch.autocast(log_kernel.device.type, enabled=False):
+        problems, grad = _problems(log_kernel), _problems(grad)
+        if scaling:
+            out = _backward(grad, problems.exp(), iters, log_r, log_c)
+        else:
+            out = _backward_log(grad, problems, iters, log_r, log_c)
+        return out.view(log_kernel.shape)
+
+
+@sinkhorn_backward.register_fake
+def _(grad, log_kernel, iters, log_r, log_c, scaling):
+    return log_kernel.new_empty(log_kernel.shape)
+
+
+def _setup_context(ctx, inputs, output):
+    log_kernel, *ctx.settings = inputs
+    ctx.save_for_backward(log_kernel)
+
+
+def _differentiate(ctx, grad):
+    log_kernel, = ctx.saved_tensors
+    return sinkhorn_backward(grad, log_kernel, *ctx.settings), None, None, None, None
+
+
+def _refuse(ctx, grad):
+    raise RuntimeError(
+        'sinkhorn has no second derivative. With tol=0 it runs the same iterations as plain operations, which can be '
+        'differentiated any number of times.')
+
+
+sinkhorn.register_autograd(_differentiate, setup_context=_setup_context)
+sinkhorn_backward.register_autograd(_refuse)
+
+
+def _problems(x: torch.Tensor) -> torch.Tensor:
+    N, M = x.shape[-2:]
+    return x.reshape(x.numel() // (N * M), N, M).contiguous()
+
+
+# (P, N, M), (P, 1, M) -> (P, N, 1) and (P, N, 1), (P, N, M) -> (P, 1, M). A product with one column or row is the
+# fastest on the CPU; elsewhere it might be rounded to TensorFloat-32.
+
+def _sum_rows(kernel: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    if kernel.device.type == 'cpu':
+        return torch.bmm(kernel, b.transpose(1, 2))
+    return (kernel * b).sum(dim=2, keepdim=True)
+
+
+def _sum_columns(a: torch.Tensor, kernel: torch.Tensor) -> torch.Tensor:
+    if kernel.device.type == 'cpu':
+        return torch.bmm(a.transpose(1, 2), kernel)
+    return (a * kernel).sum(dim=1, keepdim=True)
+
+
+def _iterate(
+        kernel: torch.Tensor,
+        iters: int,
+        log_r: float,
+        log_c: float,
+        scaling: bool,
+) -> Tuple[List[torch.Tensor], List[torch.Tensor]]:
+    """Scaling vectors of the kernel, or potentials of the log-kernel: rows' (P, N, 1) after each iteration, columns'
+    (P, 1, M) before the first and after each.
+    """
+    P, N, M = kernel.shape
+    rows, columns = [], [kernel.new_full((P, 1, M), 1. if scaling else 0.)]
+    for _ in range(iters):
+        if scaling:
+            rows.append(math.exp(log_r) / _sum_rows(kernel, columns[-1]))
+            columns.append(math.exp(log_c) / _sum_columns(rows[-1], kernel))
+        else:
+            rows.append(log_r - torch.logsumexp(kernel + columns[-1], dim=2, keepdim=True))
+            columns.append(log_c - torch.logsumexp(kernel + rows[-1], dim=1, keepdim=True))
+    return rows, columns
+
+
+def _backward(
+        grad: torch.Tensor,
+        kernel: torch.Tensor,
+        iters: int,
+        log_r: float,
+        log_c: float,
+) -> torch.Tensor:
+    r, c = math.exp(log_r), math.exp(log_c)
+    rows, columns = _iterate(kernel, iters, log_r, log_c, True)
+    grad_u, grad_v = grad.sum(dim=2, keepdim=True), grad.sum(dim=1, keepdim=True)
+    row_factors, column_factors = [], []
+    for t in reversed(range(iters)):
+        a, b, b_before = rows[t], columns[t + 1], columns[t]
+        column_factors.append(grad_v * b / c)
+        row_factors.append(a)
+        grad_u = grad_u - a * _sum_rows(kernel, column_factors[-1])
+        row_factors.append(grad_u * a / r)
+        column_factors.append(b_before)
+        grad_v = -b_before * _sum_columns(row_factors[-1], kernel)
+        grad_u = 0.
+    product = torch.bmm(torch.cat(row_factors, dim=2), torch.cat(column_factors, dim=1))
+    return torch.addcmul(grad, product, kernel, value=-1.)
+
+
+def _backward_log(
+        grad: torch.Tensor,
+        log_kernel: torch.Tensor,
+        iters: int,
+        log_r: float,
+        log_c: float,
+) -> torch.Tensor:
+    us, vs = _iterate(log_kernel, iters, log_r, log_c, False)
+    grad_u, grad_v = grad.sum(dim=2, keepdim=True), grad.sum(dim=1, keepdim=True)
+    out = grad.clone()
+    for t in reversed(range(iters)):
+        rows = log_kernel + us[t]
+        step = (rows + (vs[t + 1] - log_c)).exp_().mul_(grad_v)
+        out -= step
+        grad_u = grad_u - step.sum(dim=2, keepdim=True)
+        step = rows.add_(vs[t] - log_r).exp_().mul_(grad_u)
+        out -= step
+        grad_v = -step.sum(dim=1, keepdim=True)
+        grad_u = 0.
+    return out
