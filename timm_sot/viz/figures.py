@@ -305,7 +305,8 @@ def reg(
     figure.suptitle(about(image_name, False))
     parts = figure.subfigures(len(shown), 1, squeeze=False)[:, 0]
     for part, (name, model, key, matrices) in zip(parts, shown):
-        part.suptitle(' · '.join([name, key, head_title(head)]), weight='bold')
+        settings = sot_settings(layer_of(model, key), name, with_reg=False)
+        part.suptitle(' · '.join(filter(None, [name, key, head_title(head), settings])), weight='bold')
         axes = part.subplots(2, len(regs), squeeze=False, sharex='row', sharey='row', height_ratios=(5, 4))
         for value, matrix, (heatmap, histogram) in zip(regs, matrices, axes.T):
             drawn = draw_heatmap(heatmap, matrix, (0., 1.))
@@ -389,7 +390,7 @@ def draw_entropies(ax, by_layer: Dict[str, torch.Tensor], most: int) -> None:
                     artist.set_color(color)
             if not many:
                 ax.text(
-                    position, 1.03, relative_entropy(head.median().item()), ha='center', va='bottom', fontsize=8,
+                    position, 1.03, relative_entropy(head.quantile(0.5).item()), ha='center', va='bottom', fontsize=8,
                     color=color, rotation=0 if few else 90)
             ticks[position] = f'head {h}' if few else f'{h}'
             position += 1
@@ -397,6 +398,8 @@ def draw_entropies(ax, by_layer: Dict[str, torch.Tensor], most: int) -> None:
             (start + position - 1) / 2, -0.11, key, ha='center', va='top', color=color,
             transform=ax.get_xaxis_transform())
         position += 0.5
+    if not few:  # the ticks are bare numbers
+        ax.text(-0.01, -0.03, 'head', ha='right', va='top', fontsize=8, transform=ax.transAxes)
     ax.axhline(1, color='black', linestyle='--', linewidth=1)
     ax.set(xticks=[*ticks], xticklabels=ticks.values(), xlim=(-0.7, position - 0.8))
     ax.set(ylim=(0, 1.12 if few or many else 1.3))
@@ -493,12 +496,13 @@ def layer_of(model: nn.Module, key: str) -> nn.Module:
     return layers[key]
 
 
-def sot_settings(layer: nn.Module, name: str) -> str:
+def sot_settings(layer: nn.Module, name: str, with_reg: bool = True) -> str:
     """What there is to say of an SOT layer of the model called `name`, '' for one with softmax attention."""
     if not getattr(layer, 'operands', ''):
         return ''
     settings = [] if layer.variant in name else [layer.variant]
-    settings.append(f'reg {layer.reg:g}')
+    if with_reg:
+        settings.append(f'reg {layer.reg:g}')
     if layer.iters != 10:
         settings.append(f'{layer.iters} iterations')
     if layer.tol is not None:
