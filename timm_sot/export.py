@@ -29,6 +29,8 @@ from .errors import UserError
 
 __all__ = ['Checkpoint', 'Score', 'evaluate', 'export', 'read_checkpoint']
 
+PROJECT = 'Self-Optimal-Transport attention and these models to ' \
+          '[timm](https://github.com/huggingface/pytorch-image-models)'
 FILES = ('config.json', 'model.safetensors', 'README.md')
 
 # of train.py's arguments: where it ran and what it wrote, not how it trained
@@ -151,8 +153,9 @@ def read_study(path: str, weights: Dict[str, torch.Tensor]) -> Checkpoint:
     for key, value in options.items():
         words += ['--' + key.replace('_', '-'), *map(str, value if isinstance(value, (list, tuple)) else [value])]
     name = result['data'].split()[0]
-    spread = [(f'Same over {len(others)} seeds', f'{fmean(others):.2f} ± {stdev(others):.2f} after the last epoch')] \
-        if len(others) > 1 else []
+    spread = []
+    if len(others) > 1:
+        spread = [(f'Same for all {len(others)} seeds', f'{fmean(others):.2f} ± {stdev(others):.2f} after the last epoch')]
     facts = [
         ('Epochs', result['epochs']),
         ('Seed', result['seed']),
@@ -317,7 +320,7 @@ def format_card(name: str, model: nn.Module, source: Checkpoint, score: Optional
     arguments = ' '.join(f'{key}={value}' for key, value in source.kwargs.items())
     measured = (
         f'Top-1 **{score.top1:.2f} %** on the {score.images:,} images of `{score.split}/` (SHA-256 of their names and '
-        f'bytes: {score.digest}),\nin float32, by `timm-sot export`, which makes the calls of timm\'s validate.py.'
+        f'bytes: {score.digest}), in float32, by `timm-sot export`, which makes the calls of timm\'s validate.py.'
         if score else 'Not evaluated when it was exported.')
     limits = [
         *source.limits,
@@ -333,8 +336,7 @@ def format_card(name: str, model: nn.Module, source: Checkpoint, score: Optional
 ---
 # Model card for {name}
 
-{kind}, trained on {data} with timm-sot, which adds
-Self-Optimal-Transport attention and these models to [timm](https://github.com/huggingface/pytorch-image-models).
+{kind}, trained on {data} with timm-sot, which adds {PROJECT}.
 
 - Architecture: `{cfg["architecture"]}`{f" with {arguments}" if arguments else ""}
 - Parameters: {parameters:,}
