@@ -463,3 +463,65 @@ def test_bad_shapes(x, y, message):
 def test_bad_dtype():
     with pytest.raises(ValueError, match=r'x must be floating point, got torch.int64; convert it, e.g. with .float()'):
         self_optimal_transport(torch.zeros(4, 3, dtype=torch.int64))
+
+
+# The promise that transform gives to the solver, and what runs without eager mode
+
+@pytest.mark.parametrize('reg', [0.05, 0.1, 1.])
+@pytest.mark.parametrize('distance', DISTANCES)
+def test_extreme_costs_within_the_promise(distance, reg):
+    """Outliers and clusters: row-normalized costs of nothing but 0 and 1, on which float32 scales kernels directly."""
+    for outliers in (1, 2, 7, 11):
+        x, y = make_points(2, 12, 6), make_points(2, 12, 6, seed=1)
+        x[:, outliers:] = 1e-4 * x[:, outliers:] + x[:, -1:]
+        y[:, outliers:] = 1e-4 * y[:, outliers:] + x[:, -1:]
+        for inputs in ((x,), (x, y)):
+            kwargs = dict(distance=distance, reg=reg, iters=30)
+            out, grads = gradients(self_optimal_transport, *inputs, **kwargs)
+            assert all(grad.isfinite().all() for grad in grads)
+            expected = reference.self_optimal_transport(*inputs, **kwargs)
+            # cosines of close directions cancel
+            assert error(out, expected) < (1e-5 if distance == 'euclidean' else 2e-2)
+
+
+@pytest.mark.parametrize('distance', DISTANCES)
+def test_compiled_and_exported(distance):
+    def transform(x):
+        return self_optimal_transport(x, distance=distance)
+
+    x = make_points(2, 9, 5)
+    out, (grad,) = gradients(transform, x)
+    compiled_out, (compiled_grad,) = gradients(torch.compile(transform, fullgraph=True, backend='aot_eager'), x)
+    assert error(compiled_out, out) < 1e-6 and error(compiled_grad, grad) < 1e-5
+
+    class Transform(torch.nn.Module):
+        def forward(self, x):
+            return transform(x)
+
+    exported = torch.export.export(Transform(), (x,), dynamic_shapes=({0: torch.export.Dim('batch')},))
+    assert error(exported.module()(make_points(5, 9, 5)), transform(make_points(5, 9, 5))) < 1e-6
+    assert transform(x.to('meta')).shape == (2, 9, 9)
+
+
+@pytest.mark.parametrize('distance', DISTANCES)
+def test_onnx(distance, tmp_path):
+    pytest.importorskip('onnxscript')
+    onnxruntime = pytest.importorskip('onnxruntime')
+
+    class Transform(torch.nn.Module):
+        def forward(self, x, y):
+            return self_optimal_transport(x, y, distance=distance)
+
+    x, y = make_points(2, 9, 5), make_points(2, 9, 5, seed=1)
+    file = tmp_path / 'transform.onnx'
+    torch.onnx.export(Transform(), (x, y), file, dynamo=True, verbose=False)
+    session = onnxruntime.InferenceSession(file, providers=['CPUExecutionProvider'])
+    out, = session.run(None, {given.name: z.numpy() for given, z in zip(session.get_inputs(), (x, y))})
+    assert error(torch.from_numpy(out), Transform()(x, y)) < 1e-5
+
+
+def test_torch_func():
+    x = make_points(3, 6, 4, dtype=torch.float64)
+    assert error(torch.func.vmap(self_optimal_transport)(x), self_optimal_transport(x)) < 1e-6
+    jacobian = torch.func.jacrev(self_optimal_transport)(x[0])
+    assert error(jacobian, torch.autograd.functional.jacobian(self_optimal_transport, x[0])) < 1e-6

@@ -71,7 +71,7 @@ euclidean_distance_backward.register_autograd(_refuse)
 
 
 def distance_by_product(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """The same in operations that every format knows, for float32; its derivative at 0 is infinite."""
+    """The same in operations that every format and every transformation of functions knows."""
     dtype = x.dtype
     x, y = _centered(x, y)
     # (..., N, M) in float64 is passed over as little as possible
@@ -79,8 +79,8 @@ def distance_by_product(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     one = torch.ones_like(xx)
     square = torch.cat([-2. * x, xx, one], dim=-1) @ torch.cat([y, torch.ones_like(yy), yy], dim=-1).transpose(-2, -1)
     square, xx, yy = square.to(dtype), xx.to(dtype), yy.to(dtype)
-    square = square.masked_fill(square <= NEGLIGIBLE * (xx + yy.transpose(-2, -1)), 0.)
-    return square.sqrt()
+    equal = square <= NEGLIGIBLE * (xx + yy.transpose(-2, -1))
+    return square.masked_fill(equal, 1.).sqrt().masked_fill(equal, 0.)  # the root has no derivative at 0
 
 
 def _centered(x: torch.Tensor, y: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
