@@ -18,7 +18,7 @@ from timm_sot.weights import packaged_weights
 
 ROOT = Path(__file__).parents[1]
 HUB = ROOT / 'hub'
-MODELS = sorted(path.name for path in HUB.iterdir())
+MODELS = sorted(path.name for path in HUB.glob('cct_*'))
 NAME = 'cct_2_sot_qk.cifar10'
 
 

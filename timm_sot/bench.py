@@ -26,7 +26,7 @@ from .attention import VARIANTS, sot_attention, sot_attention_weights
 from .kernels.fused import choose_path
 from .solver import sinkhorn
 from .errors import UserError
-from .study.runner import build_models, commit, versions
+from .study.runner import build_model, commit, versions
 
 __all__ = ['SECTIONS', 'bar_table', 'format_tables', 'load_reports', 'run_bench', 'write_report']
 
@@ -201,8 +201,7 @@ def step_group(names: Sequence[str], amp: bool, device: torch.device, weight: fl
                 optimizer.step()
             return step
 
-        models = build_models(names, {}, 10, 0)
-        return [Contender(name, step_of(model.to(device).train())) for name, model in zip(names, models)]
+        return [Contender(name, step_of(build_model((name, {}), 10, 0).to(device).train())) for name in names]
     case = f'batch {BATCH} {"bfloat16 AMP" if amp else "float32"}'
     return Group('step', case, 'training step', 'cct_2', 0, weight, build)
 
