@@ -2,6 +2,8 @@ import importlib.util
 import json
 import os
 
+os.environ.setdefault('OMP_NUM_THREADS', '1')  # the workers of pytest-xdist, and what they start, share the cores
+
 import pytest
 import torch
 from PIL import Image

@@ -53,7 +53,7 @@ def test_study(tiny_dir, tmp_path, capsys):
     (['attention', 'compare', '--models', 'cct_22'], 'did you mean cct_2'),
     (['attention', 'compare', '--models', 'local-dir:no/such/folder'], 'no/such/folder is not a folder with a config'),
     (['attention', 'compare', '--models', 'resnet10t', '--untrained'], 'ResNet) has no timm.layers.Attention'),
-    (['attention', 'compare', '--models', 'cct_2', 'cct_2'], 'cct_2 (untrained) is named twice'),
+    (['attention', 'compare', '--models', 'cct_2', 'cct_2'], 'cct_2 is named twice'),
     (['attention', 'compare', '--model-kwargs', 'sot_rag=1'], 'sot_rag'),
     (['attention', 'compare', '--checkpoint', 'none'], 'a checkpoint is needed for each model, got 1 for 2'),
     (['attention', 'heads', '--models', 'cct_2', '--checkpoint', 'none.safetensors'], 'there is no checkpoint none'),
@@ -64,7 +64,7 @@ def test_study(tiny_dir, tmp_path, capsys):
     (['attention', 'compare', '--layer', '2'], 'no attention layer 2; choose a number from -2 to 1'),
     (['attention', 'compare', '--layer', 'blocks.2'], 'no attention layer blocks.2; '),
     (['attention', 'compare', '--head', '2'], 'no head 2 in blocks.1; choose one from 0 to 1'),
-    (['attention', 'heads', '--matrix', 'sot'], 'cct_2 (untrained) has no SOT matrix'),
+    (['attention', 'heads', '--matrix', 'sot'], 'cct_2 has no SOT matrix'),
     (['attention', 'patches', '--queries', '8,0'], 'patch 8,0 is not in the grid'),
     (['attention', 'patches', '--queries', '8'], "--queries: invalid ROW,COLUMN value: '8'"),
     (['attention', 'reg', '--regs', '0'], '--regs: must be above 0'),
@@ -146,7 +146,7 @@ def drawn(monkeypatch, tmp_path):
 def test_attention_options(drawn, tiny_dir):
     image = f'{tiny_dir}/test/1/3.png'
     assert main(['attention', 'patches', '--image', image, '--layer', '-2', '--head', '1', '--queries', '0,1', '7,7',
-                 '--matrix', 'sot', '--dropout', '--out', 'a.pdf', '--dpi', '90']) == 0
+                 '--matrix', 'sot', '--dropout', '--out', 'a.pdf', '--dpi', '90', '--untrained']) == 0
     assert list(drawn['models']) == ['cct_2 (untrained)', 'cct_2_sot_qk (untrained)']
     assert not any(model.training for model in drawn['models'].values())
     assert drawn['images'].getpixel((0, 0)) == (203, 203, 203)
@@ -155,7 +155,7 @@ def test_attention_options(drawn, tiny_dir):
     assert drawn['saved'] == (('a.pdf',), {'dpi': 90})
 
     assert main(['attention', 'compare', '--layer', 'blocks.0', '--head', 'mean', '--model-kwargs', 'sot_reg=0.5',
-                 'pos_embed=sine']) == 0
+                 'pos_embed=sine', '--untrained']) == 0
     assert drawn['options'] == dict(image_name='0 of the digits, a 0', layer='blocks.0', head='mean', dropout=False)
     assert list(drawn['models'])[1] == 'cct_2_sot_qk (pos_embed=sine, untrained)'
     assert {block.attn.reg for block in drawn['models'].popitem()[1].blocks} == {0.5}
@@ -202,7 +202,7 @@ def test_attention_of_a_folder_of_weights(drawn, tmp_path):
 def test_attention_seed(drawn):
     weights = []
     for seed in ('0', '0', '1'):
-        assert main(['attention', 'heads', '--models', 'cct_2', '--seed', seed]) == 0
+        assert main(['attention', 'heads', '--models', 'cct_2', '--seed', seed, '--untrained']) == 0
         weights.append(drawn['models'].popitem()[1].head.weight)
     assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
 

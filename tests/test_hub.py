@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from hub_client import load, request
+from hub_client import request
 from safetensors.torch import load as parse
 from safetensors.torch import save
 
@@ -31,7 +31,6 @@ def model_files(name=NAME, **changes):
     return {path: content for path, content in {**files, **changes}.items() if content is not None}
 
 
-@functools.lru_cache
 class Hub:
     """The server and a client, as a test sees them."""
 
@@ -65,6 +64,7 @@ class Hub:
         return self.ask('load', dict(name=f'hf-hub:{model_id}', cache_dir=cache_dir, pretrained=pretrained,
                                      model_kwargs=dict(model_kwargs)), **options)
 
+    @functools.lru_cache
     def folder_logits(self, name, model_kwargs=()):
         """Outputs of the model in a folder of hub/, or elsewhere."""
         return self.ask('load', dict(name=f'local-dir:{HUB / name}', model_kwargs=dict(model_kwargs)))['logits']

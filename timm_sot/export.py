@@ -155,7 +155,8 @@ def read_study(path: str, weights: Dict[str, torch.Tensor]) -> Checkpoint:
     name = result['data'].split()[0]
     spread = []
     if len(others) > 1:
-        spread = [(f'Same for all {len(others)} seeds', f'{fmean(others):.2f} ± {stdev(others):.2f} after the last epoch')]
+        mean = f'{fmean(others):.2f} ± {stdev(others):.2f} after the last epoch'
+        spread = [(f'Same for all {len(others)} seeds', mean)]
     facts = [
         ('Epochs', result['epochs']),
         ('Seed', result['seed']),
