@@ -24,9 +24,8 @@ def needs(which):
 def test_onchip():
     for name, need in needs('onchip').items():
         assert need['shared'] <= SHARED_MEMORY, (name, need)
-        # bytes of a thread; what is spilled here is outside of the loop over the iterations
-        limit = {'forward bf16 16': 0, 'backward bf16 16': 0, 'forward bf16 64': 64, 'backward bf16 64': 1024}.get(name)
-        assert limit is None or need['stack'] <= limit, (name, need)
+        if name in ('forward bf16 16', 'forward bf16 64', 'backward bf16 64'):
+            assert need['stack'] <= 128, (name, need)  # a few values to spill are cheaper than fewer programs at a time
 
 
 def test_streamed():

@@ -56,78 +56,61 @@ def _store(ptr, x, stride_n, stride_d, N, D, EVEN: tl.constexpr, BLOCK_N: tl.con
 
 
 @triton.jit
-def _operands(
-        q_ptr, k_ptr, stride_qn, stride_kn, stride_kd, N, D,
-        SELF: tl.constexpr,
-        COSINE: tl.constexpr,
-        EVEN: tl.constexpr,
-        BLOCK_N: tl.constexpr,
-        BLOCK_D: tl.constexpr,
-):
-    """The two sets of points."""
-    x = _load(q_ptr, stride_qn, 1, N, D, EVEN, BLOCK_N, BLOCK_D)
-    if SELF:
-        y = x
-    else:
-        y = _load(k_ptr, stride_kn, stride_kd, N, D, EVEN, BLOCK_N, BLOCK_D)
-    if x.dtype == tl.float32 and not COSINE:
-        # move the origin to the mean: distances are differences of squared norms, which cancel far from it
-        mean = tl.sum(y, 0)[None, :] / N
-        x -= mean
-        y -= mean
-    return x, y
+def _center(x, y, N):
+    """Move the origin to the mean of y: distances are differences of squared norms, which cancel far from it."""
+    mean = tl.sum(y, 0)[None, :] / N
+    return x - mean, y - mean
 
 
 @triton.jit
-def _reciprocal(x):
-    """1 / x for x > 0: GPUs have an instruction for the root, Triton's division takes eight."""
-    root = tl.rsqrt(x)
-    return root * root
+def _costs(
+        x,
+        y,
+        N,
+        SELF: tl.constexpr,
+        COSINE: tl.constexpr,
+        PRECISION: tl.constexpr,
+        EVEN: tl.constexpr,
+        BLOCK_N: tl.constexpr,
+):
+    """Distances of the rows of x and y, 0 in the padding, and the squared norms of the rows of x and of y."""
+    i = tl.arange(0, BLOCK_N)[:, None]
+    j = tl.arange(0, BLOCK_N)[None, :]
+    gram = tl.dot(x, tl.trans(y), input_precision=PRECISION)
+    if SELF:
+        # from the same product, so that equal rows are at distance 0 to the last bit
+        squares = tl.where(i == j, gram, 0.)
+        xx = tl.sum(squares, 1)
+        yy = tl.sum(squares, 0)
+    else:
+        xx = tl.sum(x.to(tl.float32) * x.to(tl.float32), 1)
+        yy = tl.sum(y.to(tl.float32) * y.to(tl.float32), 1)
+    if COSINE:
+        costs = 1. - gram * _inverse(tl.sqrt(xx))[:, None] * _inverse(tl.sqrt(yy))[None, :]
+        costs = tl.maximum(costs, 0.)
+    else:
+        costs = tl.sqrt(tl.maximum(xx[:, None] + yy[None, :] - 2. * gram, 0.))
+    if not EVEN:
+        costs = tl.where((i < N) & (j < N), costs, 0.)
+    return costs, xx, yy
 
 
 @triton.jit
 def _inverse(x):
     """1 / x, and 0 for 0."""
-    return tl.where(x > 0., _reciprocal(x), 0.)
-
-
-@triton.jit
-def _squares(x, y, gram, SELF: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Squared norms of the rows of x, in the layout of the rows of gram, and of y, in that of its columns."""
-    if SELF:
-        # from the same product as gram, so that equal rows are at distance 0 to the last bit
-        i = tl.arange(0, BLOCK_N)[:, None]
-        j = tl.arange(0, BLOCK_N)[None, :]
-        squares = tl.where(i == j, gram, 0.)
-        return tl.sum(squares, 1), tl.sum(squares, 0)
-    else:
-        return tl.sum(x.to(tl.float32) * x.to(tl.float32), 1), tl.sum(y.to(tl.float32) * y.to(tl.float32), 1)
-
-
-@triton.jit
-def _costs(gram, xx, yy, N, COSINE: tl.constexpr, EVEN: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Distances of rows with these products and squared norms, 0 in the padding."""
-    i = tl.arange(0, BLOCK_N)[:, None]
-    j = tl.arange(0, BLOCK_N)[None, :]
-    if COSINE:
-        costs = tl.maximum(1. - gram * _inverse(tl.sqrt(xx))[:, None] * _inverse(tl.sqrt(yy))[None, :], 0.)
-    else:
-        costs = tl.sqrt(tl.maximum(xx[:, None] + yy[None, :] - 2. * gram, 0.))
-    if not EVEN:
-        costs = tl.where((i < N) & (j < N), costs, 0.)
-    return costs
+    return tl.where(x > 0., 1. / tl.where(x > 0., x, 1.), 0.)
 
 
 @triton.jit
 def _log_kernel(costs, inv_max, N, reg, EVEN: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Log-kernel in base 2 with masked diagonal; inv_max is 1 / the largest cost, where the rows are.
+    """Log-kernel in base 2 with masked diagonal.
 
     The diagonal is open in the padding, so that padded rows and columns exchange mass among themselves and no sum is 0
     (the same for N = 1, where the result's diagonal is all there is).
     """
     i = tl.arange(0, BLOCK_N)[:, None]
     j = tl.arange(0, BLOCK_N)[None, :]
-    log_kernel = costs * inv_max * (-LOG2_E / reg)
+    log_kernel = costs * inv_max[:, None] * (-LOG2_E / reg)
     if EVEN:
         return tl.where(i == j, float('-inf'), log_kernel)
     else:
@@ -164,7 +147,7 @@ def _weights(scaled, N, scale, SOFTMAX: tl.constexpr, EVEN: tl.constexpr, BLOCK_
         weights = tl.exp2((scores - 1.) * (scale * LOG2_E))
         if not EVEN:
             weights = tl.where(j < N, weights, 0.)
-        return weights * _reciprocal(tl.sum(weights, 1))[:, None]
+        return weights / tl.sum(weights, 1)[:, None]
     else:
         return scores * scale
 
@@ -210,13 +193,15 @@ def _forward_kernel(
     head = (problem % H).to(tl.int64)
     n = tl.arange(0, BLOCK_N)
 
-    x, y = _operands(
-        q_ptr + batch * stride_qb + head * stride_qh, k_ptr + batch * stride_kb + head * stride_kh,
-        stride_qn, stride_kn, stride_kd, N, D, SELF, COSINE, EVEN, BLOCK_N, BLOCK_D)
-    gram = tl.dot(x, tl.trans(y), input_precision=PRECISION)
-    xx, yy = _squares(x, y, gram, SELF, BLOCK_N)
-    costs = _costs(gram, xx, yy, N, COSINE, EVEN, BLOCK_N)
-    kernel = _log_kernel(costs, _inverse(tl.max(costs, 1))[:, None], N, reg, EVEN, BLOCK_N)
+    x = _load(q_ptr + batch * stride_qb + head * stride_qh, stride_qn, 1, N, D, EVEN, BLOCK_N, BLOCK_D)
+    if SELF:
+        y = x
+    else:
+        y = _load(k_ptr + batch * stride_kb + head * stride_kh, stride_kn, stride_kd, N, D, EVEN, BLOCK_N, BLOCK_D)
+    if x.dtype == tl.float32 and not COSINE:
+        x, y = _center(x, y, N)
+    costs, _, _ = _costs(x, y, N, SELF, COSINE, PRECISION, EVEN, BLOCK_N)
+    kernel = _log_kernel(costs, _inverse(tl.max(costs, 1)), N, reg, EVEN, BLOCK_N)
 
     scalings_ptr += problem.to(tl.int64) * iters * 2 * BLOCK_N
     if LOG:
@@ -235,14 +220,14 @@ def _forward_kernel(
         a = tl.zeros([BLOCK_N], tl.float32)
         b = tl.full([BLOCK_N], 1., tl.float32)
         for _ in range(iters):
-            a = mass * _reciprocal(tl.sum(kernel * b[None, :], 1))
-            b = mass * _reciprocal(tl.sum(kernel * a[:, None], 0))
+            a = mass / tl.sum(kernel * b[None, :], 1)
+            b = mass / tl.sum(kernel * a[:, None], 0)
             tl.store(scalings_ptr + n, a)
             tl.store(scalings_ptr + BLOCK_N + n, b)
             scalings_ptr += 2 * BLOCK_N
 
     plan = _plan(kernel, a, b, LOG, BLOCK_N)
-    sot = plan * _reciprocal(1. + plan)
+    sot = plan / (1. + plan)
     weights = _weights(sot * _inverse(tl.max(tl.max(sot, 1), 0)), N, scale, SOFTMAX, EVEN, BLOCK_N)
     if DROPOUT:
         weights *= _dropout_factor(seed_ptr, problem, drop_below, keep_factor, BLOCK_N)
@@ -279,21 +264,22 @@ def _backward_kernel(
     grad_offset = (batch * N * H + head) * D
 
     # the matrices of the forward pass, from its last scaling vectors
-    x, y = _operands(
-        q_ptr, k_ptr, stride_qn, stride_kn, stride_kd, N, D, SELF, COSINE, EVEN, BLOCK_N, BLOCK_D)
-    gram = tl.dot(x, tl.trans(y), input_precision=PRECISION)
-    xx, yy = _squares(x, y, gram, SELF, BLOCK_N)
-    costs = _costs(gram, xx, yy, N, COSINE, EVEN, BLOCK_N)
-    row_max = tl.max(costs, 1)
-    inv_max = _inverse(row_max)
-    kernel = _log_kernel(costs, inv_max[:, None], N, reg, EVEN, BLOCK_N)
+    x = _load(q_ptr, stride_qn, 1, N, D, EVEN, BLOCK_N, BLOCK_D)
+    if SELF:
+        y = x
+    else:
+        y = _load(k_ptr, stride_kn, stride_kd, N, D, EVEN, BLOCK_N, BLOCK_D)
+    if x.dtype == tl.float32 and not COSINE:
+        x, y = _center(x, y, N)
+    costs, _, _ = _costs(x, y, N, SELF, COSINE, PRECISION, EVEN, BLOCK_N)
+    kernel = _log_kernel(costs, _inverse(tl.max(costs, 1)), N, reg, EVEN, BLOCK_N)
     if not LOG:
         kernel = tl.exp2(kernel)
     scalings_ptr += (problem.to(tl.int64) + 1) * iters * 2 * BLOCK_N - 2 * BLOCK_N
     a = tl.load(scalings_ptr + n)
     b = tl.load(scalings_ptr + BLOCK_N + n)
     plan = _plan(kernel, a, b, LOG, BLOCK_N)
-    sot = plan * _reciprocal(1. + plan)
+    sot = plan / (1. + plan)
     largest = tl.max(tl.max(sot, 1), 0)
     inv_largest = _inverse(largest)
     weights = _weights(sot * inv_largest, N, scale, SOFTMAX, EVEN, BLOCK_N)
@@ -325,15 +311,6 @@ def _backward_kernel(
     grad_u = tl.sum(grad, 1)
     grad_v_potential = tl.sum(grad, 0)
 
-    # column sums go across the warps; those of the transpose, in the layout of a product of its own, do not
-    TRANSPOSE: tl.constexpr = not LOG and q_ptr.dtype.element_ty != tl.float32  # whose tiles would fill the chip
-    if TRANSPOSE:
-        x, y = _operands(
-            q_ptr, k_ptr, stride_qn, stride_kn, stride_kd, N, D, SELF, COSINE, EVEN, BLOCK_N, BLOCK_D)
-        gram = tl.dot(y, tl.trans(x), input_precision=PRECISION)
-        costs = _costs(gram, yy, xx, N, COSINE, EVEN, BLOCK_N)
-        transpose = tl.exp2(_log_kernel(costs, inv_max[None, :], N, reg, EVEN, BLOCK_N))
-
     # the iterations backwards
     total = N.to(tl.float32)
     for t in range(iters):
@@ -351,20 +328,23 @@ def _backward_kernel(
             gb = total * grad_v_potential * b
             grad_u -= a * tl.sum(kernel * gb[None, :], 1)
             ga = total * grad_u * a
-            if TRANSPOSE:
-                grad_v_potential = -b_before * tl.sum(transpose * ga[None, :], 1)
-            else:
-                grad_v_potential = -b_before * tl.sum(kernel * ga[:, None], 0)
+            grad_v_potential = -b_before * tl.sum(kernel * ga[:, None], 0)
             grad -= kernel * (a[:, None] * gb[None, :] + ga[:, None] * b_before[None, :])
         grad_u = tl.zeros_like(grad_u)
         a = a_before
         b = b_before
 
     # log-kernel = -cost / (row maximum * reg); the tiles are read again rather than kept in registers all the way
-    x, y = _operands(
-        q_ptr, k_ptr, stride_qn, stride_kn, stride_kd, N, D, SELF, COSINE, EVEN, BLOCK_N, BLOCK_D)
-    gram = tl.dot(x, tl.trans(y), input_precision=PRECISION)
-    costs = _costs(gram, xx, yy, N, COSINE, EVEN, BLOCK_N)
+    x = _load(q_ptr, stride_qn, 1, N, D, EVEN, BLOCK_N, BLOCK_D)
+    if SELF:
+        y = x
+    else:
+        y = _load(k_ptr, stride_kn, stride_kd, N, D, EVEN, BLOCK_N, BLOCK_D)
+    if x.dtype == tl.float32 and not COSINE:
+        x, y = _center(x, y, N)
+    costs, xx, yy = _costs(x, y, N, SELF, COSINE, PRECISION, EVEN, BLOCK_N)
+    row_max = tl.max(costs, 1)
+    inv_max = _inverse(row_max)
     grad *= (-1. / reg) * inv_max[:, None]
     is_max = costs == row_max[:, None]
     if not EVEN:
@@ -378,9 +358,9 @@ def _backward_kernel(
         inv_y = _inverse(tl.sqrt(yy))
         pull_x = inv_x * inv_x * tl.sum(grad * (1. - costs), 1)
         pull_y = inv_y * inv_y * tl.sum(grad * (1. - costs), 0)
-        grad *= inv_x[:, None] * inv_y[None, :]
+        grad = grad * inv_x[:, None] * inv_y[None, :]
     else:
-        grad *= _inverse(costs)
+        grad = tl.where(costs > 0., grad / tl.where(costs > 0., costs, 1.), 0.)
     if x.dtype == tl.float16:
         # 1 / distance leaves the range of float16: tensor cores in tf32, which holds float16 exactly
         x = x.to(tl.float32)
