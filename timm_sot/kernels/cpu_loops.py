@@ -31,13 +31,22 @@ MASKED = np.float32(-1e30)  # a logarithm of 0 that differences do not turn into
 LOG2_E = math.log2(math.e)
 
 
-def _jit(*args, **kwargs):
-    """numba.njit with compiled code cached on disk where that is possible."""
+def _jit(**kwargs):
+    """numba.njit for a function that becomes a part of its callers, which alone are kept on disk.
+
+    A call that is left would be linked with other code when the caller comes from the disk than when it was compiled,
+    and the results would differ in the last bit.
+    """
+    return numba.njit(nogil=True, forceinline=True, **kwargs)
+
+
+def _kept(**kwargs):
+    """numba.njit with compiled code kept on disk where that is possible."""
     def decorate(function):
         try:
-            return numba.njit(*args, nogil=True, cache=True, **kwargs)(function)
+            return numba.njit(nogil=True, cache=True, **kwargs)(function)
         except RuntimeError:  # no writable folder
-            return numba.njit(*args, nogil=True, **kwargs)(function)
+            return numba.njit(nogil=True, **kwargs)(function)
     return decorate
 
 
@@ -596,7 +605,7 @@ def _load_points(flat, start, stride, x, transposed, N, D, through_transpose):
         _load_transposed(flat, start, stride, transposed, N, D)
 
 
-@_jit(error_model='numpy')
+@_kept(error_model='numpy')
 def forward(
         first, last, heads, q, q_strides, k, k_strides, v, v_strides, out, out_strides, saved, seed,
         N, D, iters, reg, scale, drop_below, keep_factor, own, through_transpose, cosine, softmax, log, keep, dropout):
@@ -650,7 +659,7 @@ def forward(
         _store(result, out, batch * out_strides[0] + head * out_strides[1], out_strides[2], N, D)
 
 
-@_jit(error_model='numpy')
+@_kept(error_model='numpy')
 def backward(
         first, last, heads, q, q_strides, k, k_strides, v, v_strides, grad_out, grad_out_strides, saved, seed,
         grad_q, grad_k, grad_v, grad_strides,
