@@ -172,7 +172,8 @@ class SequencePool(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         weights = self.score(x).softmax(dim=1)  # (B, N, 1)
-        return (weights.transpose(1, 2) @ x).squeeze(1)
+        # not a matrix product: inductor of torch 2.5 makes one that corrupts memory, in training on a CPU
+        return (weights * x).sum(dim=1)
 
 
 def sine_pos_embed(
