@@ -91,6 +91,22 @@ def test_study(tmp_path, digits_dir, capsys):
         assert recorded in card.text, recorded
 
 
+def test_what_a_study_writes(tmp_path, digits_dir):
+    """From the command line to a loaded model."""
+    folder = tmp_path / 'study'
+    assert main(['study', '--models', 'cct_2_sot_q', '--model-kwargs', 'sot_iters=2', '--epochs', '1',
+                 '--device', 'cpu', '--batch-size', '64', '--data-dir', str(digits_dir), '--workers', '0',
+                 '--out', str(folder)]) == 0
+    result = json.loads((folder / 'results.jsonl').read_text())
+    checkpoint, = folder.glob('checkpoints/*.safetensors')
+    out = tmp_path / 'cct_2_sot_q.digits'
+    assert run(checkpoint, '--out', out, '--data-dir', digits_dir, '--device', 'cpu') == 0
+    assert timm.create_model(f'local-dir:{out}', pretrained=True).blocks[0].attn.iters == 2
+    card = ModelCard.load(out / 'README.md')
+    assert card.data.eval_results[0].metric_value == result['final']
+    assert result['data'] in card.text and '--models cct_2_sot_q --model-kwargs sot_iters=2 --seed 0' in card.text
+
+
 def test_arguments_may_change_after_training(tmp_path):
     network, checkpoint = study(tmp_path / 'study')
     out = tmp_path / 'cct_2_sot_qk.digits'

@@ -78,7 +78,6 @@ def hub(tmp_path_factory):
         'HF_HOME': str(folder / 'home'), 'HF_TOKEN': 'hf_test', 'HF_HUB_DISABLE_XET': '1',
         'HF_HUB_DISABLE_UPDATE_CHECK': '1', 'HF_HUB_DISABLE_TELEMETRY': '1', 'HF_HUB_DISABLE_PROGRESS_BARS': '1',
         'NO_PROXY': '*',
-        'PYTHONPATH': os.pathsep.join(filter(None, [str(TESTS.parent), os.environ.get('PYTHONPATH')])),
     }
     with contextlib.ExitStack() as stack:
         def start(*command):

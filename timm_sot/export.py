@@ -6,7 +6,6 @@ import argparse
 import hashlib
 import json
 import os
-import re
 import shlex
 import shutil
 import tempfile
@@ -26,6 +25,7 @@ from torch import nn
 from . import __version__
 from .study.data import TEST_SPLITS
 from .errors import UserError
+from .study.store import Run
 
 __all__ = ['Checkpoint', 'Score', 'evaluate', 'export', 'read_checkpoint']
 
@@ -184,16 +184,14 @@ def find_result(path: Path) -> Tuple[Dict[str, Any], List[float], Dict[str, Any]
         for line in (folder / 'results.jsonl').read_text().splitlines():
             try:
                 result = json.loads(line)
-                kwargs = sorted(result['kwargs'].items())
-                row = ' '.join([result['model'], *(f'{key}={value}' for key, value in kwargs)])
-                name = f'{row} seed {result["seed"]} epochs {result["epochs"]}'
+                run = Run(*(result[key] for key in Run._fields))
+                runs[run.name] = run, result
             except (ValueError, TypeError, KeyError, AttributeError):
                 continue  # of a run that was cut off
-            runs[re.sub(r'[^\w.]+', '-', name)] = row, result  # a study names its files so
         if path.stem in runs:
-            row, result = runs[path.stem]
-            others = [other['final'] for other_row, other in runs.values()
-                      if (other_row, other['epochs'], other['data']) == (row, result['epochs'], result['data'])]
+            run, result = runs[path.stem]
+            others = [other['final'] for other_run, other in runs.values()
+                      if (other_run._replace(seed=run.seed), other['data']) == (run, result['data'])]
             settings = folder / 'study.json'
             return result, others, json.loads(settings.read_text()) if settings.is_file() else {}
     raise UserError(f'there is no result of {path.stem} in a results.jsonl beside {path} or above its folder; export '
