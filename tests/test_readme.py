@@ -97,7 +97,7 @@ def test_inline_names_exist():
 def test_extras_and_script_exist():
     extras = set(re.findall(r"pip install '\.\[(\w+)\]'", README))
     extras |= set(re.findall(r"pip install 'timm-sot\[(\w+)\]'", README))
-    assert extras == {'all', 'test', 'viz'}
+    assert extras == {'all', 'cpu', 'test', 'viz'}
     assert extras <= {extra for line in requires('timm-sot') for extra in re.findall(r'extra == ["\'](\w+)', line)}
     assert 'timm-sot' in {script.name for script in entry_points(group='console_scripts')}
 
