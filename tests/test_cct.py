@@ -90,21 +90,28 @@ def test_golden_through_filter(original):
         assert error(model(x), logits) < 1e-5
 
 
-@pytest.mark.parametrize('source', ['state_dict', 'safetensors', 'pth', 'pth, DataParallel', 'pth, train.py'])
-def test_golden_through_create_model(original, tmp_path, source):
+@pytest.mark.parametrize('wrap', [
+    lambda state_dict: state_dict,
+    lambda state_dict: {f'module.{name}': t for name, t in state_dict.items()},
+    lambda state_dict: {'epoch': 3, 'state_dict': state_dict},
+    lambda state_dict: {'epoch': 3, 'model': state_dict},
+], ids=['plain', 'DataParallel', 'state_dict', 'model'])
+@pytest.mark.parametrize('source', ['state_dict', 'file'])
+def test_golden_through_create_model(original, tmp_path, source, wrap):
     state_dict, x, _, logits = original
-    if source == 'state_dict':
-        overlay = dict(state_dict=state_dict)
-    elif source == 'safetensors':
-        save_file(state_dict, tmp_path / 'model.safetensors')
-        overlay = dict(file=str(tmp_path / 'model.safetensors'))
-    else:
-        if source == 'pth, DataParallel':
-            state_dict = {f'module.{name}': t for name, t in state_dict.items()}
-        elif source == 'pth, train.py':
-            state_dict = {'epoch': 3, 'state_dict': state_dict}
-        torch.save(state_dict, tmp_path / 'model.pth')
+    overlay = dict(state_dict=wrap(state_dict))
+    if source == 'file':
+        torch.save(overlay['state_dict'], tmp_path / 'model.pth')
         overlay = dict(file=str(tmp_path / 'model.pth'))
+    model = create(pretrained=True, pretrained_cfg_overlay=overlay)
+    with torch.no_grad():
+        assert error(model(x), logits) < 1e-5
+
+
+def test_golden_through_safetensors(original, tmp_path):
+    state_dict, x, _, logits = original
+    save_file(state_dict, tmp_path / 'model.safetensors')
+    overlay = dict(file=str(tmp_path / 'model.safetensors'))
     model = create(pretrained=True, pretrained_cfg_overlay=overlay)
     with torch.no_grad():
         assert error(model(x), logits) < 1e-5
@@ -524,7 +531,7 @@ def test_checkpoint_of_unrecorded_size():
         return torch.equal(model.pos_embed, source.pos_embed)
 
     assert load((24, 40), (24, 40))  # the model's own grid
-    assert load(48, 24)  # a square
+    assert load(48, (24, 40))  # a square
     assert load((16, 32), (48, 96))  # the model's aspect ratio
     with pytest.raises(ValueError, match='60 tokens.*8 x 8 grid.*set_input_size'):
         load((24, 40), 32)
@@ -689,6 +696,10 @@ def test_prune_intermediate_layers():
         assert model.num_features == model.head_hidden_size == chs
         model.reset_classifier(7, 'seq')
         assert model(x).shape == (2, 7)
+    # without a transformer there is nothing that norm and head fit, whatever is asked for
+    model = create()
+    model.prune_intermediate_layers([0], prune_norm=False, prune_head=False)
+    assert {name.split('.')[0] for name, _ in model.named_parameters()} == {'tokenizer'}
     model = create()
     logits = model(x)
     assert model.prune_intermediate_layers(1, prune_head=False) == [3]
@@ -854,6 +865,9 @@ def test_grad_checkpointing(name):
     assert len(runs) == 6  # and twice more in the backward pass
     assert torch.equal(checkpointed_loss, loss)
     assert_same_gradients(checkpointed_grads, grads, 1e-6)
+    del runs[:]
+    sum(y.square().sum() for y in model.forward_intermediates(x, intermediates_only=True)).backward()
+    assert len(runs) == 4
     model.set_grad_checkpointing(False)
     del runs[:]
     gradients(model, x)
