@@ -224,8 +224,11 @@ def test_memory_rows(tiny):
     assert all(row['bytes'] > 0 for row in rows)
 
 
-def test_train_once():
+def test_train_once(monkeypatch):
     bench.train_once(32, torch.float32, CPU)
+    monkeypatch.setattr(bench, 'sot_core', lambda variant: lambda q, k, v: v * float('nan'))
+    with pytest.raises(FloatingPointError, match='not finite'):
+        bench.train_once(32, torch.float32, CPU)
 
 
 # The report
