@@ -71,7 +71,9 @@ def _add_study(commands) -> None:
     group.add_argument('--schedule', choices=['cosine', 'original'])
     group.add_argument('--augment', nargs='*', choices=['autoaugment', 'crop', 'flip'],
                        help='in this order; default without a preset: crop, and flip for folders')
-    group.add_argument('--precision', choices=['float32', 'conv-tf32', 'bfloat16'], help='on a GPU')
+    group.add_argument('--precision', choices=['float32', 'conv-tf32', 'bfloat16'],
+                       help='float32 throughout, TensorFloat-32 in the convolutions of a GPU, or autocast to bfloat16 '
+                            '(default: float32)')
 
     group = parser.add_argument_group('where')
     group.add_argument('--device', default='', help='default: cuda if there is one, else cpu')
