@@ -45,10 +45,10 @@ def _add_study(commands) -> None:
         description='Train models on the same batches, augmentations and shared initial values, and print a table. '
                     'With --out a study that was stopped continues with the same command.')
     group = parser.add_argument_group('what')
-    group.add_argument('--preset', choices=['quick', 'seed', 'sweep'], default='quick',
+    group.add_argument('--preset', choices=['quick', 'seed', 'sweep', 'candidates'], default='quick',
                        help='quick: three models on the digits of scikit-learn; seed: softmax and the five SOT '
                             'variants, five seeds, 30 epochs of the original recipe; sweep: sot_qk over the '
-                            'regularization. The other options change it (default: %(default)s)')
+                            'regularization; candidates: new forms and their controls, on a validation split. The other options change it (default: %(default)s)')
     group.add_argument('--models', nargs='+', metavar='NAME', help='timm models, the first of which gives the others '
                        'their initial values')
     group.add_argument('--model-kwargs', nargs='*', default={}, action=_ModelKwargs, metavar='KEY=VALUE',
@@ -59,8 +59,9 @@ def _add_study(commands) -> None:
     group.add_argument('--data-dir', default='', metavar='DIR',
                        help='folder, or tar archive, with train/<class>/ and val/<class>/ or test/<class>/')
     group.add_argument('--fraction', type=_share, default=1., help='share of the training images to use')
-    group.add_argument('--holdout', type=_share, default=0.,
-                       help='share of the training images to test on, in place of the test images')
+    group.add_argument('--holdout', type=_share,
+                       help='share of the training images to test on, in place of the test images (default: none, 0.1 '
+                            'for candidates)')
 
     group = parser.add_argument_group('how')
     group.add_argument('--epochs', type=_number(int, 1))
@@ -104,7 +105,7 @@ def _study(args: argparse.Namespace) -> int:
     from .study.presets import PRESETS, Study
     from .study.runner import format_table, resolve_device, run_study
 
-    rows, seeds, settings = PRESETS[args.preset]
+    rows, seeds, settings, holdout = PRESETS[args.preset]
     if args.models:
         rows = [(model, {}) for model in args.models]
     values = [value if isinstance(value, (tuple, list)) else [value] for value in args.grid.values()]
@@ -116,7 +117,8 @@ def _study(args: argparse.Namespace) -> int:
             settings[key] = getattr(args, key)
     if args.augment is not None:
         settings['augment'] = tuple(args.augment)
-    study = Study(rows, args.seed or seeds, args.data_dir, args.fraction, args.holdout)
+    holdout = holdout if args.holdout is None else args.holdout
+    study = Study(rows, args.seed or seeds, args.data_dir, args.fraction, holdout)
     results = run_study(
         study, Recipe(**settings), resolve_device(args.device), args.out, args.parallel, args.workers,
         not args.no_graphs, args.time_limit)

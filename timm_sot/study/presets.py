@@ -1,8 +1,10 @@
 """ Studies worth running, as arguments of `Study` """
 from dataclasses import dataclass
-from typing import Any, Dict, Optional, Sequence, Tuple
+from typing import Any, Dict, NamedTuple, Sequence, Tuple
 
-__all__ = ['PRESETS', 'Study']
+from .candidates import CANDIDATES
+
+__all__ = ['PRESETS', 'Preset', 'Study']
 
 Row = Tuple[str, Dict[str, Any]]  # model and its arguments
 
@@ -24,9 +26,21 @@ ORIGINAL = dict(
     epochs=30, batch_size=128, lr=5e-4, weight_decay=3e-2, smoothing=0.1, schedule='original',
     augment=('autoaugment', 'crop', 'flip'))
 
-# rows, seeds and recipe
-PRESETS: Dict[str, Tuple[Sequence[Row], Sequence[int], Dict[str, Any]]] = {
-    'quick': ([('cct_2', {}), ('cct_2_sot_q', {}), ('cct_2_sot_qk', {})], (0,), {}),
-    'seed': ([('cct_2', {}), *((model, dict(sot_reg=0.1, sot_tol=0.1)) for model in SOT_ROWS)], range(5), ORIGINAL),
-    'sweep': ([('cct_2_sot_qk', dict(sot_reg=i / 40, sot_tol=0.1)) for i in range(1, 41)], (0,), ORIGINAL),
+
+class Preset(NamedTuple):
+    """A study and how its models are trained; `recipe` holds arguments of `Recipe`."""
+    rows: Sequence[Row]
+    seeds: Sequence[int]
+    recipe: Dict[str, Any]
+    holdout: float = 0.
+
+
+PRESETS: Dict[str, Preset] = {
+    'quick': Preset([('cct_2', {}), ('cct_2_sot_q', {}), ('cct_2_sot_qk', {})], (0,), {}),
+    'seed': Preset(
+        [('cct_2', {}), *((model, dict(sot_reg=0.1, sot_tol=0.1)) for model in SOT_ROWS)], range(5), ORIGINAL),
+    'sweep': Preset([('cct_2_sot_qk', dict(sot_reg=i / 40, sot_tol=0.1)) for i in range(1, 41)], (0,), ORIGINAL),
+    # chosen among on images held out of the training set: the test images decide nothing
+    'candidates': Preset(
+        [('cct_2', {}), *(('cct_2', dict(candidate=name)) for name in CANDIDATES)], range(3), ORIGINAL, holdout=0.1),
 }

@@ -17,6 +17,7 @@ from torch import nn
 
 from .. import __version__
 from .augment import Epochs
+from .candidates import apply_candidate
 from .coupled import capturable
 from .data import Images, StudyData, fingerprint, load_data, subset
 from .engine import Recipe, Trainer, set_precision, train_epoch
@@ -60,13 +61,16 @@ def input_size(rows: Sequence[Row]) -> Tuple[int, int]:
 
 
 def build_model(row: Row, num_classes: int, seed: int) -> nn.Module:
-    """Create a model with the initial values of a seed."""
+    """Create a model with the initial values of a seed; `candidate` among its arguments is one of candidates.py."""
     name, kwargs = row
+    kwargs = dict(kwargs)
+    candidate = kwargs.pop('candidate', None)
     torch.manual_seed(seed)
     try:
-        return timm.create_model(name, num_classes=num_classes, **kwargs)
+        model = timm.create_model(name, num_classes=num_classes, **kwargs)
+        return model if candidate is None else apply_candidate(model, candidate)
     except (TypeError, ValueError) as e:
-        raise UserError(f'cannot create {name} with {kwargs or "its defaults"}: {e}') from e
+        raise UserError(f'cannot create {name} with {row[1] or "its defaults"}: {e}') from e
 
 
 def initial_state(row: Row, first: Row, num_classes: int, seed: int) -> Dict[str, torch.Tensor]:

@@ -1,0 +1,140 @@
+""" Candidates for attention variants """
+
+import pytest
+import timm
+import torch
+
+import timm_sot  # noqa: F401
+from timm_sot.study.candidates import CANDIDATES, ITERS, apply_candidate, plan
+
+
+def layer(name, seed=0):
+    """The first attention layer of a small model, and queries and keys for it."""
+    torch.manual_seed(seed)
+    model = timm.create_model('cct_2', img_size=16)
+    attention = apply_candidate(model, name).blocks[0].attn
+    return attention, torch.randn(3, 2, 16, 64), torch.randn(3, 2, 16, 64)
+
+
+def set_parameter(parameter, value):
+    with torch.no_grad():
+        parameter.fill_(value)
+
+
+def test_controls():
+    for name, candidate in CANDIDATES.items():
+        if candidate.control is None:
+            assert candidate.weights == 'softmax'
+        elif candidate.control != 'softmax':
+            control = CANDIDATES[candidate.control]
+            assert control._replace(about='', control='', weights='') == candidate._replace(
+                about='', control='', weights=''), f'{name} and its control differ in more than the weights'
+            assert control.control is None
+    controls = {candidate.control for candidate in CANDIDATES.values()} - {None, 'softmax'}
+    assert controls == {name for name, candidate in CANDIDATES.items() if candidate.control is None}
+
+
+@pytest.mark.parametrize('name', CANDIDATES)
+def test_rows_sum_to_the_mass(name):
+    attention, q, k = layer(name)
+    weights = attention.attention_weights(q, k)
+    torch.testing.assert_close(weights.sum(-1), torch.full((3, 2, 16), CANDIDATES[name].mass or 1.))
+    assert weights.std() > 1e-3 * weights.mean()
+
+
+@pytest.mark.parametrize('name', CANDIDATES)
+def test_gradients_and_size(name):
+    torch.manual_seed(0)
+    model = timm.create_model('cct_2', num_classes=3)
+    before = sum(p.numel() for p in model.parameters())
+    kept = dict(model.named_parameters())
+    apply_candidate(model, name)
+    after = dict(model.named_parameters())
+    assert all(after[key] is value for key, value in kept.items())
+    assert sum(p.numel() for p in after.values()) <= 1.01 * before
+    with torch.autocast('cpu', torch.bfloat16):
+        out = model(torch.randn(2, 3, 32, 32))
+    out.float().logsumexp(1).sum().backward()
+    for key, parameter in after.items():
+        assert parameter.grad is not None and parameter.grad.isfinite().all(), key
+
+
+def test_plan_is_doubly_stochastic():
+    kernel = (2 * torch.randn(2, 3, 16, 16, dtype=torch.float64)).softmax(-1)
+    matrix, a, b = plan(kernel)
+    torch.testing.assert_close(matrix, a * kernel * b)
+    torch.testing.assert_close(matrix.sum(-1), torch.ones_like(matrix[..., 0]))
+    log_plan = timm_sot.sinkhorn(kernel.log().transpose(-2, -1), iters=ITERS).transpose(-2, -1)
+    # sinkhorn ends with the columns, from u first: on the transposed kernel it ends with the rows
+    torch.testing.assert_close(matrix, 16 * log_plan.exp())
+
+
+def test_shares_are_those_of_the_columns():
+    kernel = torch.randn(2, 3, 16, 16, dtype=torch.float64).softmax(-1)
+    shares = torch.randn(2, 3, 1, 16, dtype=torch.float64).softmax(-1)
+    matrix, _, _ = plan(kernel, shares=shares)
+    torch.testing.assert_close(matrix.sum(-2, keepdim=True) / 16, shares, rtol=0.05, atol=1e-3)
+    assert (shares - 1 / 16).abs().max() > 0.05
+
+
+def test_damping_goes_from_softmax_to_the_plan():
+    kernel = torch.randn(2, 3, 16, 16).softmax(-1)
+    torch.testing.assert_close(plan(kernel, damping=torch.zeros(3, 1, 1))[0], kernel)
+    torch.testing.assert_close(plan(kernel, damping=torch.ones(3, 1, 1))[0], plan(kernel)[0])
+
+
+@pytest.mark.parametrize('name, parameter, value, control', [
+    ('relaxed', 'damping', -50., 'cosine'),
+    ('relaxed', 'damping', 50., 'plan'),
+    ('bias', 'gain', 0., 'dot'),
+    ('log_plan', 'gain', 1., 'plan'),
+    ('shares', 'share', 0., 'plan'),
+    ('plan_contrast', 'contrast', 0., 'plan'),
+    ('plan_mass', 'log_mass', 0., 'plan_sharp'),
+])
+def test_special_cases(name, parameter, value, control):
+    attention, q, k = layer(name)
+    set_parameter(getattr(attention, parameter), value)
+    expected = layer(control)[0].attention_weights(q, k)
+    torch.testing.assert_close(attention.attention_weights(q, k), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_half():
+    attention, q, k = layer('half')
+    weights = attention.attention_weights(q, k)
+    torch.testing.assert_close(weights[:, 0], layer('plan')[0].attention_weights(q, k)[:, 0])
+    torch.testing.assert_close(weights[:, 1], layer('cosine')[0].attention_weights(q, k)[:, 1])
+
+
+def test_half_of_an_odd_number_of_heads():
+    model = apply_candidate(timm.create_model('vit_tiny_patch16_224', img_size=32), 'half')
+    assert model(torch.randn(1, 3, 32, 32)).shape == (1, 1000)
+
+
+def test_masked_diagonal_and_identity():
+    attention, q, k = layer('plan_masked')
+    diagonal = attention.attention_weights(q, k).diagonal(dim1=-2, dim2=-1)
+    torch.testing.assert_close(diagonal, torch.full_like(diagonal, torch.tensor(-1.).sigmoid().item()))
+
+
+def test_scores():
+    attention, q, k = layer('dot')
+    torch.testing.assert_close(attention.attention_weights(q, k), (q @ k.transpose(-2, -1) / 8).softmax(-1))
+    attention, q, k = layer('cosine')
+    cosines = torch.cosine_similarity(q.unsqueeze(-2), k.unsqueeze(-3), dim=-1)
+    torch.testing.assert_close(attention.attention_weights(q, k), (10 * cosines).softmax(-1))
+    attention, q, k = layer('distance')
+    distances = torch.cdist(q, k)
+    expected = (-10 * distances / distances.amax(-1, keepdim=True)).softmax(-1)
+    torch.testing.assert_close(attention.attention_weights(q, k), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_a_token_that_nobody_looks_at():
+    kernel = torch.full((1, 1, 4, 4), 1 / 3)
+    kernel[..., 0] = 0.
+    assert plan(kernel)[0].isfinite().all()
+
+
+def test_unknown_candidate():
+    with pytest.raises(ValueError, match="candidate='plam' is unknown; choose one of .*'plan'"):
+        apply_candidate(timm.create_model('cct_2'), 'plam')
