@@ -94,6 +94,13 @@ def test_grid(monkeypatch):
         for reg in (0.1, 0.5) for iters in (3, 5)]
     assert asked['study'].seeds == [7, 8]
     assert asked['recipe'].epochs == 2 and asked['recipe'].batch_size == 128 and asked['recipe'].schedule == 'original'
+    assert asked['study'].holdout == 0.
+
+    assert main(['study', '--preset', 'candidates', '--models', 'cct_2', '--grid', 'candidate=plan,cosine']) == 0
+    assert asked['study'].rows == [('cct_2', {'candidate': 'plan'}), ('cct_2', {'candidate': 'cosine'})]
+    assert asked['study'].holdout == 0.1 and asked['recipe'].epochs == 30
+    assert main(['study', '--preset', 'candidates', '--holdout', '0']) == 0
+    assert asked['study'].holdout == 0.
 
 
 def test_help(capsys):

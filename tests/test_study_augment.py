@@ -57,6 +57,15 @@ def test_augment_depends_on_its_seed_alone():
     assert torch.equal(augment(images, (), seed=1), images)
 
 
+def test_gray_moves_in_where_black_did():
+    images = torch.full((200, 3, 16, 16), 200, dtype=torch.uint8)  # only what moves in, and inversions, change it
+    black, gray = (augment(images, (name,), seed=1) for name in ('autoaugment', 'autoaugment-gray'))
+    differ = (black != gray).all(dim=1)
+    assert 0.02 < differ.float().mean() < 0.2
+    moved = (black == 0).all(dim=1) & (gray == 128).all(dim=1)
+    assert moved.any() and (moved | (black == gray).all(dim=1)).float().mean() > 0.8
+
+
 def test_autoaugment_is_torchvisions():
     images = make_images(100, 16).images
     torch.manual_seed(0)

@@ -70,7 +70,7 @@ def _add_study(commands) -> None:
     group.add_argument('--weight-decay', type=_number(float, 0))
     group.add_argument('--smoothing', type=_number(float, 0), help='label smoothing')
     group.add_argument('--schedule', choices=['cosine', 'original'])
-    group.add_argument('--augment', nargs='*', choices=['autoaugment', 'crop', 'flip'],
+    group.add_argument('--augment', nargs='*', choices=['autoaugment', 'autoaugment-gray', 'crop', 'flip'],
                        help='in this order; default without a preset: crop, and flip for folders')
     group.add_argument('--precision', choices=['float32', 'conv-tf32', 'bfloat16'],
                        help='float32 throughout, TensorFloat-32 in the convolutions of a GPU, or autocast to bfloat16 '
@@ -108,7 +108,9 @@ def _study(args: argparse.Namespace) -> int:
     rows, seeds, settings, holdout = PRESETS[args.preset]
     if args.models:
         rows = [(model, {}) for model in args.models]
-    values = [value if isinstance(value, (tuple, list)) else [value] for value in args.grid.values()]
+    values = [
+        value if isinstance(value, (tuple, list)) else value.split(',') if isinstance(value, str) else [value]
+        for value in args.grid.values()]
     rows = [(model, {**kwargs, **args.model_kwargs, **dict(zip(args.grid, combination))})
             for model, kwargs in rows for combination in product(*values)]
     settings = {'augment': ('crop', 'flip') if args.data_dir else ('crop',), **settings}

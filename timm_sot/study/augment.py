@@ -7,7 +7,7 @@ import math
 import shutil
 from collections import Counter
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Dict, Iterator, Optional, Sequence, Tuple
 
 import numpy as np
@@ -33,13 +33,14 @@ class _AutoAugment(AutoAugment):
         return super()._augmentation_space(*args, **kwargs)
 
 
-_CIFAR10_POLICY = _AutoAugment(AutoAugmentPolicy.CIFAR10)
+_BLACK = _AutoAugment(AutoAugmentPolicy.CIFAR10)
+_GRAY = _AutoAugment(AutoAugmentPolicy.CIFAR10, fill=[128, 128, 128])
 
 
-def auto_augment(images: torch.Tensor) -> torch.Tensor:
+def auto_augment(images: torch.Tensor, policy: AutoAugment = _BLACK) -> torch.Tensor:
     """AutoAugment with the CIFAR-10 policy, on PIL images, (B, 3, H, W) -> (B, 3, H, W)."""
     pixels = images.permute(0, 2, 3, 1).contiguous().numpy()
-    out = [np.asarray(_CIFAR10_POLICY(Image.fromarray(image))) for image in pixels]
+    out = [np.asarray(policy(Image.fromarray(image))) for image in pixels]
     return torch.from_numpy(np.stack(out)).permute(0, 3, 1, 2)
 
 
@@ -59,7 +60,13 @@ def random_flip(images: torch.Tensor) -> torch.Tensor:
     return torch.where(mirrored[:, None, None, None], images.flip(-1), images)
 
 
-AUGMENTATIONS = {'autoaugment': auto_augment, 'crop': random_crop, 'flip': random_flip}
+AUGMENTATIONS = {
+    'autoaugment': auto_augment,
+    # what moves in is gray, as in the training script of Compact Transformers; in torchvision it is black
+    'autoaugment-gray': partial(auto_augment, policy=_GRAY),
+    'crop': random_crop,
+    'flip': random_flip,
+}
 
 
 def augment(images: torch.Tensor, names: Sequence[str], seed: int) -> torch.Tensor:
