@@ -2,5 +2,6 @@
 
 data.py holds the images, augment.py turns them into epochs, engine.py trains a model on these (with coupled.py, where
 the training step is a CUDA graph), store.py keeps what has been done, presets.py names the studies worth running, and
-runner.py runs them.
+runner.py runs them. report.py tells what came of it, in tables and figures (figures.py), with statistics.py, and beside
+what the original experiment published (original.py).
 """

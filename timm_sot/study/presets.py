@@ -2,7 +2,7 @@
 from dataclasses import dataclass
 from typing import Any, Dict, Optional, Sequence, Tuple
 
-__all__ = ['PRESETS', 'Study']
+__all__ = ['CONTROLS', 'ORIGINAL', 'PRESETS', 'Study']
 
 Row = Tuple[str, Dict[str, Any]]  # model and its arguments
 
@@ -23,6 +23,9 @@ SOT_ROWS = ('cct_2_sot_q', 'cct_2_sot_q_nosoftmax', 'cct_2_sot_qk', 'cct_2_sot_q
 ORIGINAL = dict(
     epochs=30, batch_size=128, lr=5e-4, weight_decay=3e-2, smoothing=0.1, schedule='original',
     augment=('autoaugment', 'crop', 'flip'))
+
+# model of a variant -> model of its control, the same scores through softmax; a report compares the two
+CONTROLS: Dict[str, str] = {}
 
 # rows, seeds and recipe
 PRESETS: Dict[str, Tuple[Sequence[Row], Sequence[int], Dict[str, Any]]] = {

@@ -273,7 +273,8 @@ class Session:
         self.store.finish(run, {
             'model': run.model, 'kwargs': run.kwargs, 'seed': run.seed, 'epochs': run.epochs,
             'best': max(top1s), 'final': top1s[-1], 'top1': top1s, 'loss': record['loss'],
-            'seconds': record['seconds'], **self.about, 'entropy': trainer.attention_entropy()}, trainer.model.state_dict())
+            'seconds': record['seconds'], **self.about, 'entropy': trainer.attention_entropy(),
+        }, trainer.model.state_dict())
         self.bar.write(
             f'{run.row} seed {run.seed}: top-1 {top1s[-1]:.2f}, best {max(top1s):.2f}, {record["seconds"]:.1f} s',
             file=sys.stderr)
