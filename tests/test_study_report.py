@@ -1,5 +1,4 @@
 """ The report of a study """
-import json
 import re
 import shutil
 from pathlib import Path
@@ -7,20 +6,13 @@ from pathlib import Path
 import pytest
 from matplotlib.figure import Figure
 from PIL import Image
+from study_lines import BASELINE, BETTER, HIGHER, RECIPE, SOT, SWEEP, VALIDATION, WORSE, make_line, make_row, write
 
 from timm_sot.cli import main
 from timm_sot.errors import UserError
-from timm_sot.study import figures, original, report
-from timm_sot.study.presets import ORIGINAL, PRESETS
+from timm_sot.study import report
+from timm_sot.study.presets import PRESETS
 from timm_sot.study.statistics import paired
-from timm_sot.study.store import KEYS
-
-CIFAR = 'cifar10 50000+10000 sha256:0123456789abcdef'
-VALIDATION = 'cifar10 (validation) 45000+5000 sha256:fedcba9876543210'
-RECIPE = {**{key: value for key, value in ORIGINAL.items() if key != 'epochs'}, 'first': ('cct_2', {})}
-SOT = dict(sot_reg=0.1, sot_tol=0.1)
-NOISE = [0.3, -0.4, 0.1, 0.5, -0.2]
-
 
 @pytest.fixture
 def drawn():
@@ -31,35 +23,6 @@ def drawn():
 def quick(request, monkeypatch):
     if 'drawn' not in request.fixturenames:
         monkeypatch.setattr(Figure, 'savefig', lambda figure, path, **kwargs: Path(path).touch())
-
-
-def make_line(model, kwargs, seed, final, **changes):
-    line = {
-        'model': model, 'kwargs': kwargs, 'seed': seed, 'epochs': 30, 'best': final + 0.5, 'final': final,
-        'top1': [30.] * 28 + [final + 0.5, final], 'loss': [1.] * 30, 'seconds': 20. + seed, 'device': 'GPU, float32',
-        'versions': {'torch': '2.11'}, 'commit': 'abc', 'data': CIFAR, **changes}
-    assert changes.keys() <= {*KEYS, 'entropy'}
-    return line
-
-
-def make_row(model, kwargs, finals, **changes):
-    return [make_line(model, kwargs, seed, round(final, 4), **changes) for seed, final in enumerate(finals)]
-
-
-BASELINE = make_row('cct_2', {}, [76 + noise for noise in NOISE])
-BETTER = make_row('better', SOT, [77.1, 76.7, 77.0, 77.6, 76.9])
-HIGHER = make_row('higher', SOT, [80., 74., 79., 75., 78.5])  # by 1 in the mean, with an interval that contains zero
-WORSE = make_row('worse', SOT, [74., 73.5, 73.9, 74.4, 73.7])
-SWEEP = [line for k, reg in enumerate((0.1, 0.2, 0.5, 1)) for line in make_row(
-    'cct_2_sot_qk', {**SOT, 'sot_reg': reg}, [75 + 0.1 * k + noise for noise in NOISE[:1 + k]])]
-
-
-def write(folder, lines, settings=RECIPE):
-    folder.mkdir(exist_ok=True)
-    (folder / 'results.jsonl').write_text(''.join(json.dumps(line) + '\n' for line in lines))
-    if settings is not None:
-        (folder / 'study.json').write_text(json.dumps(settings))
-    return str(folder)
 
 
 def written(folder, **kwargs):
@@ -100,7 +63,8 @@ def test_numbers(tmp_path):
 
 
 def bold_cells(text):
-    return [cell for found in tables(text).values() for lines in found for line in lines for cell in line if '**' in cell]
+    found = [lines for lists in tables(text).values() for lines in lists]
+    return [cell for lines in found for line in lines for cell in line if '**' in cell]
 
 
 def test_bold(tmp_path):
@@ -145,8 +109,8 @@ def test_missing_seeds(tmp_path):
 def test_tables_have_equal_columns(tmp_path):
     rows = BASELINE + BETTER + SWEEP + make_row('pipe', {'a': 'x|y'}, [70.] * 5, entropy={'blocks.0': [0.5, 0.7]})
     write(tmp_path, rows)
-    found = [lines for lists in tables(written(tmp_path, controls={'pipe': 'cct_2'})).values() for lines in lists]
-    assert len(found) == 2 + 2 + 2 + 1 + 0  # the original's, a sweep, the others, entropy; no control of these arguments
+    found = [lines for lists in tables(written(tmp_path)).values() for lines in lists]
+    assert len(found) == 2 + 2 + 2 + 1  # the original's, a sweep, the others, entropy
     for header, rule, *lines in found:
         assert set(rule) == {'---'} and len(rule) == len(header)
         assert lines and all(len(line) == len(header) for line in lines)
@@ -215,7 +179,8 @@ def test_baseline(tmp_path):
     rows = table(text, 'Other rows')
     assert next(iter(rows)) == 'better sot_reg=0.1 sot_tol=0.1'
     header = tables(text)['Other rows'][0][0]
-    assert header[4] == 'minus `better sot_reg=0.1 sot_tol=0.1`' and rows['worse sot_reg=0.1 sot_tol=0.1'][4][0] == '−'
+    assert header[4] == 'minus `better sot_reg=0.1 sot_tol=0.1`'
+    assert rows['worse sot_reg=0.1 sot_tol=0.1'][4][0] == '−'
     assert table(text, 'The rows of the original experiment')['cct_2'][4] == '−1.00'
     assert "--baseline 'better sot_reg=0.1 sot_tol=0.1'" in text
 
@@ -243,14 +208,6 @@ def test_published_numbers_stand_beside_nothing_else(tmp_path, settings, changes
     assert 'original experiment' not in text and 'original, n' not in text
 
 
-def test_published_sweep():
-    """Mean and standard deviation that are known of the 40 numbers."""
-    best = [best for best, _ in original.SWEEP.values()]
-    assert [*original.SWEEP] == [kwargs['sot_reg'] for _, kwargs in PRESETS['sweep'][0]]
-    assert sum(best) / 40 == pytest.approx(76.24, abs=0.005) and all(a >= b for a, b in original.SWEEP.values())
-    assert [*original.ROWS] == [model for model, _ in PRESETS['seed'][0]]
-
-
 def test_sweep(tmp_path):
     text = written(write(tmp_path, BASELINE + SWEEP + BETTER))
     rows = table(text, 'Sweep of `sot_reg`: `cct_2_sot_qk sot_tol=0.1`')
@@ -260,10 +217,11 @@ def test_sweep(tmp_path):
     assert [*table(text, 'Other rows')] == ['cct_2', 'better sot_reg=0.1 sot_tol=0.1']
 
 
-def test_two_values_are_no_sweep_and_a_grid_is_one_for_each_line(tmp_path):
+def test_sweeps_of_a_grid(tmp_path):
     lines = [make_line('a', dict(x=x, y=y), 0, 70.) for x in (1, 2, 3, 4) for y in (1, 2, 3)]
     text = written(write(tmp_path / 'grid', BASELINE + lines))
-    assert [name for name in tables(text) if name.startswith('Sweep')] == [f'Sweep of `x`: `a y={y}`' for y in (1, 2, 3)]
+    sweeps = [name for name in tables(text) if name.startswith('Sweep')]
+    assert sweeps == [f'Sweep of `x`: `a y={y}`' for y in (1, 2, 3)]
     text = written(write(tmp_path / 'two', BASELINE + [make_line('a', dict(x=x, flag=x > 1), 0, 70.) for x in (1, 2)]))
     assert 'Sweep of' not in text and 'a flag=False x=1' in text
 
@@ -308,6 +266,14 @@ def test_numbers_format():
     assert [report.format_p(p) for p in (None, 0.0004, 0.0496, 1.)] == ['–', '< 0.001', '0.0496', '1']
 
 
+def test_shortened_rows():
+    rows = ['base', 'a size=[4, 8] x=1', 'b size=[2, 8] x=1']
+    assert report.shorten(rows, 'base') == (
+        {'base': 'base', rows[1]: 'a size=[4, 8]', rows[2]: 'b size=[2, 8]'}, ' All rows but `base` with `x=1`.')
+    for kept in (['base', 'a x=1'], ['base', 'base x=1', 'a x=1'], ['base', 'a x=1', 'a x=2']):
+        assert report.shorten(kept, 'base') == ({row: row for row in kept}, '')
+
+
 def test_figures_are_those_that_the_report_shows(tmp_path, drawn):
     text = written(write(tmp_path / 'study', BASELINE + BETTER + SWEEP), out=str(tmp_path / 'out'))
     shown = re.findall(r'!\[.*\]\((.*)\)', text)
@@ -321,69 +287,6 @@ def test_figures_are_those_that_the_report_shows(tmp_path, drawn):
 def test_no_figure_without_data(tmp_path):
     text = written(write(tmp_path, [make_line('cct_2', {}, 0, 70., epochs=1, top1=[70.], loss=[1.])]))
     assert '![' not in text and [path.suffix for path in tmp_path.iterdir() if path.suffix == '.png'] == []
-
-
-def lines_of(ax):
-    return {line.get_label(): line for line in ax.get_lines()}
-
-
-def test_learning_curves():
-    lines = [make_line('a', {}, seed, 70., top1=[10. * (1 + seed), 20., 30.]) for seed in range(2)]
-    figure = figures.learning_curves({'two': lines, 'one': lines[:1]}, 'test images')
-    whole, end = figure.axes
-    drawn = lines_of(whole)
-    assert drawn['two (n = 2)'].get_ydata().tolist() == [15., 20., 30.]
-    assert drawn['one (n = 1)'].get_ydata().tolist() == [10., 20., 30.]
-    band, = whole.collections  # of the row with two runs alone
-    ys = band.get_paths()[0].vertices[:, 1]
-    assert (ys.min(), ys.max()) == pytest.approx((15 - 50 ** 0.5, 30.))
-    assert whole.get_ylabel() == 'top-1 on test images, %' and end.get_xlim() == (2, 3)
-
-
-def test_differences_figure():
-    differences = {'better': paired(BETTER, BASELINE, 'final'), 'one': paired(WORSE[:1], BASELINE, 'final')}
-    ax, = figures.differences(differences, 'cct_2', {'better': 0.5}).axes
-    assert [tick.get_text() for tick in ax.get_yticklabels()] == ['better (n = 5)', 'one (n = 1)']
-    by_seed = [line for line in ax.get_lines() if line.get_label() == 'a pair of runs of one seed']
-    assert by_seed[0].get_xdata().tolist() == pytest.approx([0.8, 1.1, 0.9, 1.1, 1.1])
-    bar, = [bar for bar in ax.collections if len(bar.get_segments())]
-    summary = differences['better'].summary
-    assert bar.get_segments()[0][:, 0].tolist() == pytest.approx([summary.low, summary.high])
-    assert any(line.get_xdata() == [0, 0] for line in ax.get_lines()), 'the line of no difference'
-    assert lines_of(ax)[figures.ORIGINAL].get_xdata().tolist() == [0.5]
-    assert ax.get_ylim()[0] > ax.get_ylim()[1], 'the first row is at the top'
-
-
-def test_sweep_figure():
-    values = {reg: [line for line in SWEEP if line['kwargs']['sot_reg'] == reg] for reg in (0.1, 0.2, 0.5, 1)}
-    compared = {reg: paired(row, BETTER, 'final') for reg, row in values.items()}
-    figure = figures.sweep(
-        values, 'sot_reg', 'row', 'test images', 'cct_2', BASELINE, compared, {0.1: 75., 0.2: 76.})
-    top, bottom = figure.axes
-    drawn = lines_of(top)
-    assert drawn[figures.ORIGINAL].get_xydata().tolist() == [[0.1, 75.], [0.2, 76.]]
-    assert drawn['cct_2 (n = 5)'].get_ydata() == pytest.approx([76.06] * 2)
-    points = drawn['row (n = 1 to 4)']
-    assert points.get_xdata().tolist() == [0.1, 0.2, 0.5, 1] and points.get_linestyle() == 'None'
-    band, = top.collections  # over the values with several runs
-    assert band.get_paths()[0].vertices[:, 0].min() == 0.2
-    behind, = top.patches
-    assert behind.get_height() == pytest.approx(2 * report.summarize([line['final'] for line in BASELINE]).sd)
-    assert bottom.get_xlabel() == 'sot_reg' and 'interval' in bottom.get_ylabel()
-    only = figures.sweep({1: BASELINE, 2: BETTER}, 'x', 'row', 'test images')
-    assert len(only.axes) == 1 and lines_of(only.axes[0])['row (n = 5)'].get_linestyle() == '-'
-
-
-@pytest.mark.parametrize('make, message', [
-    (lambda path: None, 'results.jsonl cannot be read (No such file'),
-    (lambda path: write(path, []), 'holds no finished run'),
-    (lambda path: (write(path, BASELINE), (path / 'study.json').write_text('{')), 'study.json cannot be read'),
-    (lambda path: (write(path, BASELINE), (path / 'study.json').write_text('{}')), 'study.json cannot be read'),
-])
-def test_errors(tmp_path, make, message):
-    make(tmp_path / 'study')
-    with pytest.raises(UserError, match=re.escape(message)):
-        report.write_report([str(tmp_path / 'study')])
 
 
 def test_unknown_baseline(tmp_path):

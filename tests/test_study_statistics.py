@@ -9,7 +9,7 @@ from timm_sot.study.statistics import Difference, Summary, decide, holm, paired,
 
 def runs(values, first_seed=0, **same):
     shared = dict(epochs=30, data='images', device='gpu', recipe='{}', **same)
-    return [{**shared, 'seed': seed, 'final': value, 'best': value + 1} for seed, value in enumerate(values, first_seed)]
+    return [{**shared, 'seed': first_seed + i, 'final': value, 'best': value + 1} for i, value in enumerate(values)]
 
 
 def test_summary_in_closed_form():
@@ -94,7 +94,7 @@ def test_ambiguous_pairs():
 @pytest.mark.parametrize('p, adjusted', [
     ([0.01, 0.04, 0.03, 0.005], [0.03, 0.06, 0.06, 0.02]),  # 4 * 0.005, 3 * 0.01, 2 * 0.03, then 0.04 but not less
     ([0.04], [0.04]),
-    ([0.5, 0.6], [1., 1.]),
+    ([0.6, 0.7], [1., 1.]),
     ([0.02, 0.02, 0.02], [0.06, 0.06, 0.06]),
     ([0.01, None, 0.02], [0.02, None, 0.02]),  # a family of two
     ([None], [None]),

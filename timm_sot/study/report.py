@@ -1,6 +1,6 @@
 """ The report of a study: tables in Markdown and figures, from the lines of its runs alone
 
-Runs are compared only where recipe, images, epochs and device are the same: each such group is a section of its own.
+Runs are compared within a section only, see sections.py.
 """
 import json
 import os
@@ -12,10 +12,11 @@ from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Optional, Seq
 
 from . import figures
 from ..errors import UserError
-from .original import ROWS, SWEEP, is_original
+from .original import ROWS, SWEEP
 from .presets import CONTROLS, PRESETS
-from .statistics import Difference, Result, Summary, decide, holm, paired, summarize
-from .store import Run, read_lines, write_file
+from .sections import Section, Sweep, control_of, count, find_sweeps, read_sources, results_path, split
+from .statistics import Difference, Summary, decide, holm, paired, summarize
+from .store import Run, write_file
 
 __all__ = ['write_report']
 
@@ -37,36 +38,6 @@ HOW_TO_READ = '''
 - Loss is the mean cross-entropy of the last epoch on the same images. Seconds are those of training and testing, shared
   equally by runs that trained at once.
 '''
-
-
-class Section(NamedTuple):
-    """Runs that can be compared."""
-    recipe: str  # JSON, '' where it was not recorded
-    data: str
-    epochs: int
-    device: str
-    rows: Dict[str, List[Result]]  # by Run.row, in the order of their first runs; by seed
-
-    @property
-    def results(self) -> List[Result]:
-        return [result for results in self.rows.values() for result in results]
-
-    @property
-    def images(self) -> str:
-        """What the top-1 is measured on."""
-        return 'validation images' if '(validation)' in self.data else 'test images'
-
-    @property
-    def original(self) -> bool:
-        """Whether it repeats the original experiment."""
-        return is_original(json.loads(self.recipe) if self.recipe else None, self.epochs, self.data)
-
-
-class Sweep(NamedTuple):
-    """Rows that differ in the value of one argument."""
-    argument: str
-    name: str  # of the row less the argument
-    rows: Dict[float, str]
 
 
 class Comparison(NamedTuple):
@@ -100,7 +71,8 @@ def write_report(
             written.
     """
     results, notes, first = read_sources(sources)
-    rows = list(dict.fromkeys(row_of(result) for result in results))
+    sections = split(results)
+    rows = list(dict.fromkeys(row for section in sections for row in section.rows))
     if baseline and baseline not in rows:
         raise UserError(f'no finished run of --baseline {baseline!r}; there are: {", ".join(rows)}.')
     words = ['timm-sot', 'study', 'report', *sources]
@@ -115,7 +87,7 @@ def write_report(
         parts.append('\n'.join(f'- {note}' for note in notes) + '\n')
     try:
         os.makedirs(out, exist_ok=True)
-        for number, section in enumerate(split(results), 1):
+        for number, section in enumerate(sections, 1):
             heading = f'{section.data.rsplit(" ", 2)[0]}, {count(section.epochs, "epoch")}, {section.device}'
             parts.append(f'## {number}. {heading}\n')
             save = partial(save_figure, out, f'-{number}' if number > 1 else '')
@@ -132,73 +104,6 @@ def save_figure(out: str, suffix: str, figure: figures.Figure, name: str, captio
     """Write a figure; returns what shows it in the report."""
     figure.savefig(os.path.join(out, f'{name}{suffix}.png'), dpi=110)
     return f'![{name}]({name}{suffix}.png)\n\n{caption}\n'
-
-
-def results_path(source: str) -> str:
-    return source if source.endswith('.jsonl') else os.path.join(source, 'results.jsonl')
-
-
-def read_sources(sources: Sequence[str]) -> Tuple[List[Result], List[str], str]:
-    """Results of all sources, with their `recipe`; what is to be said about reading them; the default baseline."""
-    results: Dict[Tuple, Result] = {}
-    notes, firsts = [], []
-    for source in sources:
-        path = results_path(source)
-        try:
-            good, bad = read_lines(path)
-        except OSError as e:
-            raise UserError(f'{path} cannot be read ({e.strerror}); give a folder that --out of a study named.') from e
-        if bad:
-            notes.append(f'{count(len(bad), "line")} of {path} cannot be read and {"is" if len(bad) == 1 else "are"} '
-                         f'left out.')
-        if not good:
-            raise UserError(f'{path} holds no finished run.')
-        settings_path = os.path.join(os.path.dirname(path), 'study.json')
-        try:
-            with open(settings_path) as f:
-                settings = json.load(f)
-            recipe = json.dumps({key: value for key, value in settings.items() if key != 'first'}, sort_keys=True)
-            firsts.append(Run(*settings['first'], 0, 0).row)
-        except FileNotFoundError:
-            recipe = ''
-            notes.append(f'{settings_path} is not there: the recipe of these runs is not known.')
-        except (ValueError, KeyError, TypeError) as e:
-            raise UserError(f'{settings_path} cannot be read ({e}).') from e
-        repeated = 0
-        for result in map(json.loads, good):
-            # runs of an unknown recipe are comparable with those of their own file only
-            result['recipe'], result['source'] = recipe, '' if recipe else path
-            key = (*place(result), row_of(result), result['seed'])
-            repeated += key in results
-            results.setdefault(key, result)
-        if repeated:
-            notes.append(f'{count(repeated, "line")} of {path} {"repeats a run" if repeated == 1 else "repeat runs"}; '
-                         f'the first line of a run counts.')
-    if len(set(firsts)) > 1:
-        notes.append('The rows that gave runs of one seed their initial values differ: '
-                     f'{", ".join(f"`{row}`" for row in dict.fromkeys(firsts))}.')
-    return list(results.values()), notes, firsts[0] if firsts else row_of(next(iter(results.values())))
-
-
-def row_of(result: Result) -> str:
-    return Run(*(result[key] for key in Run._fields)).row
-
-
-def place(result: Result) -> Tuple:
-    """What runs must share to be compared."""
-    return tuple(result[key] for key in ('recipe', 'source', 'data', 'epochs', 'device'))
-
-
-def split(results: Sequence[Result]) -> List[Section]:
-    """Sections in the order of their first runs."""
-    sections: Dict[Tuple, Section] = {}
-    for result in sorted(results, key=lambda result: result['seed']):  # stable
-        key = place(result)
-        section = sections.setdefault(
-            key, Section(result['recipe'], result['data'], result['epochs'], result['device'], {}))
-        section.rows.setdefault(row_of(result), []).append(result)
-    order = list(dict.fromkeys(map(place, results)))
-    return [sections[key] for key in order]
 
 
 def describe(
@@ -363,18 +268,6 @@ def format_controls(section: Section, controls: Mapping[str, str]) -> str:
             + format_table(table))
 
 
-def control_of(section: Section, row: str, controls: Mapping[str, str]) -> str:
-    """The row of the control: of the same arguments, or of these without those of the transport (sot_*)."""
-    result = section.rows[row][0]
-    if result['model'] not in controls:
-        return ''
-    same, without = (
-        Run(controls[result['model']], kwargs, 0, 0).row for kwargs in (
-            result['kwargs'],
-            {key: value for key, value in result['kwargs'].items() if not key.startswith('sot_')}))
-    return without if same not in section.rows and without in section.rows else same
-
-
 def format_entropy(section: Section, rows: Sequence[str]) -> str:
     """The table of attention entropies, by row and layer, '' where nothing was measured."""
     rows = [row for row in rows if row in section.rows]
@@ -434,25 +327,6 @@ def format_missing(section: Section, baseline: str, controls: Mapping[str, str])
             + f'\nAll of it waits for {section.device}: runs of another device are not compared with these.\n')
 
 
-def find_sweeps(section: Section) -> List[Sweep]:
-    """Groups of at least three rows that differ in one numeric argument, the largest first; a row is in one of them."""
-    groups: Dict[Tuple[str, str], Dict[float, str]] = {}
-    for row, results in section.rows.items():
-        kwargs = results[0]['kwargs']
-        for argument, value in kwargs.items():
-            if isinstance(value, (int, float)) and not isinstance(value, bool):
-                rest = {key: other for key, other in kwargs.items() if key != argument}
-                name = Run(results[0]['model'], rest, 0, 0).row
-                groups.setdefault((argument, name), {}).setdefault(value, row)
-    sweeps, taken = [], set()
-    for (argument, name), rows in sorted(groups.items(), key=lambda item: -len(item[1])):
-        rows = {value: row for value, row in sorted(rows.items()) if row not in taken}
-        if len(rows) >= 3:
-            sweeps.append(Sweep(argument, name, rows))
-            taken.update(rows.values())
-    return sweeps
-
-
 def preset_rows(preset: str) -> List[str]:
     """The rows of a preset by name."""
     return [Run(model, kwargs, 0, 0).row for model, kwargs in PRESETS[preset][0]]
@@ -465,9 +339,10 @@ def published(row: str) -> Optional[float]:
 
 def shorten(rows: Sequence[str], baseline: str) -> Tuple[Dict[str, str], str]:
     """Rows by shorter names, without the arguments that all but the baseline share, and a sentence that says so."""
-    others = [row.split(' ') for row in rows if row != baseline]
+    words_of = {row: re.split(r' (?=\w+=)', row) for row in rows if row != baseline}
+    others = [*words_of.values()]
     shared = [word for word in others[0][1:] if all(word in words for words in others)] if len(others) > 1 else []
-    labels = {row: ' '.join(word for word in row.split(' ') if word not in shared) for row in rows if row != baseline}
+    labels = {row: ' '.join(word for word in words if word not in shared) for row, words in words_of.items()}
     if not shared or len({*labels.values(), baseline}) <= len(labels):  # two of one name
         return {row: row for row in rows}, ''
     but = f' but `{baseline}`' if baseline in rows else ''
@@ -540,7 +415,3 @@ def listed(rows: Sequence[str]) -> str:
 
 def unique(values) -> List[str]:
     return list(dict.fromkeys(values))
-
-
-def count(n: int, noun: str) -> str:
-    return f'{n} {noun}' if n == 1 else f'{n} {noun}s'
