@@ -227,15 +227,23 @@ def test_sweeps_of_a_grid(tmp_path):
 
 
 def test_controls(tmp_path):
-    """Of the same arguments, or where that was not run without those of the transport."""
-    controls = {'better': 'worse', 'higher': 'cct_2', 'lonely': 'absent'}
-    rows = BASELINE + BETTER + WORSE + HIGHER + make_row('lonely', {}, [70.])
-    text = written(write(tmp_path, rows), controls=controls)
-    first, second = tables(text)['Variants against their controls'][0][2:]
-    assert (first[0], first[2]) == ('`better sot_reg=0.1 sot_tol=0.1`', '`worse sot_reg=0.1 sot_tol=0.1`')
-    difference = paired(BETTER, WORSE, 'final').summary
-    assert first[4] == f'**+{difference.mean:.2f}**' and first[5] == f'+{difference.low:.2f} to +{difference.high:.2f}'
-    assert (second[0], second[2]) == ('`higher sot_reg=0.1 sot_tol=0.1`', '`cct_2`') and second[4] == '+1.24'
+    controls = {'better': 'worse', 'higher': 'cct_2', 'between': 'cct_2', 'lonely': 'absent'}
+    between = make_row('between', SOT, [76.6, 76.5, 76.6, 77.8, 76.0])
+    text = written(write(tmp_path, BASELINE + BETTER + WORSE + HIGHER + between + make_row('lonely', {}, [70.])),
+                   controls=controls)
+    lines = tables(text)['Variants against their controls'][0][2:]
+    assert [(line[0], line[2]) for line in lines] == [
+        (f'`{model} sot_reg=0.1 sot_tol=0.1`', control) for model, control in (
+            ('better', '`worse sot_reg=0.1 sot_tol=0.1`'), ('higher', '`cct_2`'), ('between', '`cct_2`'))]
+    differences = [paired(variant, control, 'final') for variant, control in (
+        (BETTER, WORSE), (HIGHER, BASELINE), (between, BASELINE))]
+    bold = [f'+{difference.summary.mean:.2f}' for difference in differences]
+    assert [line[4] for line in lines] == [f'**{bold[0]}**', bold[1], bold[2]]
+    summary = differences[0].summary
+    assert lines[0][5] == f'+{summary.low:.2f} to +{summary.high:.2f}'
+    p = [difference.p for difference in differences]
+    assert p[0] < p[2] < 0.05 < 2 * p[2] < p[1], 'the last would be bold without the other two'
+    assert [line[7] for line in lines] == ['< 0.001', f'{p[1]:.3g}', f'{2 * p[2]:.3g}']
     assert '- `absent`, the control of `lonely`\n' in text
     assert 'their controls' not in written(tmp_path)
 

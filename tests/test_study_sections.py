@@ -49,9 +49,15 @@ def test_first_row_is_the_baseline(tmp_path):
     assert read_sources([one])[2] == 'worse sot_reg=0.1 sot_tol=0.1'
 
 
+def test_first_line_of_a_run_counts(tmp_path):
+    section, = sections_of(tmp_path, [*BASELINE, {**BASELINE[1], 'final': 1.}])
+    assert section.results == [{**line, 'recipe': section.recipe, 'source': ''} for line in BASELINE]
+
+
 def test_sweeps(tmp_path):
     lines = [make_line('a', dict(x=x, y=y), 0, 70.) for y in (1, 2, 3) for x in (4, 3, 1, 2)]
-    lines += [make_line('a', dict(x=x, flag=x > 1), 0, 70.) for x in (1, 2)]
+    lines += [make_line('two', dict(x=x), 0, 70.) for x in (1, 2)]
+    lines += [make_line('flags', dict(x=x), 0, 70.) for x in (True, False, 2)]
     section, = sections_of(tmp_path, lines)
     sweeps = find_sweeps(section)
     assert [(sweep.argument, sweep.name, [*sweep.rows]) for sweep in sweeps] == [
