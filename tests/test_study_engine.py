@@ -96,6 +96,7 @@ def test_attention_entropy():
     data = make_data(num_test=16)
     trainer, _ = make_trainer(Recipe(epochs=2, batch_size=3), name='cct_2_sot_q', data=data)
     first = train(trainer, epochs=[0])
+    trainer.model.train()  # it must look at the model in evaluation mode
     found = trainer.attention_entropy(num_images=8)
     assert first + train(trainer, epochs=[1]) == train(make_trainer(
         Recipe(epochs=2, batch_size=3), name='cct_2_sot_q', data=data)[0])

@@ -10,7 +10,7 @@ from study_lines import BASELINE, BETTER, HIGHER, RECIPE, SOT, SWEEP, VALIDATION
 
 from timm_sot.cli import main
 from timm_sot.errors import UserError
-from timm_sot.study import report
+from timm_sot.study import figures, report
 from timm_sot.study.presets import PRESETS
 from timm_sot.study.statistics import paired
 
@@ -203,9 +203,18 @@ def test_original_rows(tmp_path):
     (RECIPE, dict(data='svhn 50000+10000 sha256:0')),
     (RECIPE, dict(epochs=2, top1=[1., 2.], loss=[1., 1.])),
 ])
-def test_published_numbers_stand_beside_nothing_else(tmp_path, settings, changes):
-    text = written(write(tmp_path, [{**line, **changes} for line in BASELINE + SWEEP], settings))
-    assert 'original experiment' not in text and 'original, n' not in text
+def test_published_numbers_stand_beside_nothing_else(tmp_path, monkeypatch, settings, changes):
+    rows = BASELINE + SWEEP + make_row('cct_2_sot_q', SOT, [70., 71.])
+    in_text, in_figures = [], []
+    for make in ('differences', 'sweep'):
+        def spy(*args, make=getattr(figures, make)):
+            in_figures.append(bool(args[-1]))  # the published numbers
+            return make(*args)
+        monkeypatch.setattr(figures, make, spy)
+    for lines, recipe in ((rows, RECIPE), ([{**line, **changes} for line in rows], settings)):
+        text = written(write(tmp_path, lines, recipe))
+        in_text.append('original experiment' in text or 'original, n' in text)
+    assert in_text == [True, False] and in_figures == [True, True, False, False]
 
 
 def test_sweep(tmp_path):
