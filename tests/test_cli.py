@@ -33,6 +33,29 @@ def test_study(tiny_dir, tmp_path, capsys):
     results = [json.loads(line) for line in (out / 'results.jsonl').read_text().splitlines()]
     assert [result['kwargs'] for result in results] == [{'sot_iters': 2, 'sot_tol': None}] * 2
 
+    baseline = 'cct_2_sot_qk sot_iters=2 sot_tol=None'
+    assert main(['study', 'report', str(out), '--baseline', baseline, '--out', str(tmp_path / 'report')]) == 0
+    assert capsys.readouterr().out == f'{tmp_path}/report/report.md\n'
+    report = (tmp_path / 'report' / 'report.md').read_text()
+    assert f'minus `{baseline}`' in report and f"report {out} --baseline '{baseline}' --out" in report
+    gap, = (1 - entropy for entropy in results[0]['entropy']['blocks.1'][:1])
+    assert f'| `blocks.1` | {gap:.2g}, ' in report
+    assert {path.name for path in out.iterdir()} >= {'results.jsonl', 'study.json'} and not (out / 'report.md').exists()
+
+
+@pytest.mark.parametrize('package', ['scipy', 'matplotlib'])
+def test_report_without_an_extra(package, monkeypatch, tmp_path, capsys):
+    own = [f'timm_sot.study.{name}' for name in ('report', 'statistics', 'figures')]
+    for name in [*sys.modules]:
+        if name.split('.')[0] == package or name in own:
+            monkeypatch.delitem(sys.modules, name)
+    monkeypatch.delattr('timm_sot.study.figures', raising=False)
+    monkeypatch.setitem(sys.modules, package, None)
+    assert main(['study', 'report', str(tmp_path)]) == 2
+    printed = capsys.readouterr().err
+    assert f"needs the package {package}; install it with: pip install 'timm-sot[study]'" in printed
+    assert printed.count('\n') == 1
+
 
 @pytest.mark.parametrize('args, message', [
     ([], 'COMMAND'),
@@ -48,6 +71,9 @@ def test_study(tiny_dir, tmp_path, capsys):
     (['study', '--device', 'nonsense'], "device 'nonsense'"),
     (['study', '--preset', 'none'], '--preset'),
     (['study', '--fraction', '2'], '--fraction: must be between 0 and 1'),
+    (['study', 'reports'], "invalid choice: 'reports'"),
+    (['study', 'report'], 'required: DIR'),
+    (['study', 'report', 'no/such/folder'], 'no/such/folder/results.jsonl cannot be read'),
     (['attention'], 'FIGURE'),
     (['attention', 'heat'], "invalid choice: 'heat'"),
     (['attention', 'compare', '--models', 'cct_22'], 'did you mean cct_2'),

@@ -4,8 +4,9 @@ import pytest
 import timm
 import torch
 
-import timm_sot  # noqa: F401
-from timm_sot.study.candidates import CANDIDATES, ITERS, apply_candidate, plan
+import timm_sot
+from timm_sot.study.candidates import CANDIDATES, ITERS, apply_candidate, control_of, plan
+from timm_sot.viz.maps import attention_entropy, row_entropy
 
 
 def layer(name, seed=0):
@@ -32,6 +33,12 @@ def test_controls():
             assert control.control is None
     controls = {candidate.control for candidate in CANDIDATES.values()} - {None, 'softmax'}
     assert controls == {name for name, candidate in CANDIDATES.items() if candidate.control is None}
+
+
+def test_rows_of_controls():
+    assert control_of('cct_2', {'candidate': 'plan', 'img_size': 16}) == ('cct_2', {'candidate': 'cosine', 'img_size': 16})
+    assert control_of('cct_2', {'candidate': 'bias'}) == ('cct_2', {})
+    assert control_of('cct_2', {'candidate': 'cosine'}) is control_of('cct_2', {}) is None
 
 
 @pytest.mark.parametrize('name', CANDIDATES)
@@ -138,3 +145,12 @@ def test_a_token_that_nobody_looks_at():
 def test_unknown_candidate():
     with pytest.raises(ValueError, match="candidate='plam' is unknown; choose one of .*'plan'"):
         apply_candidate(timm.create_model('cct_2'), 'plam')
+
+
+def test_entropy_of_a_candidate():
+    model = apply_candidate(timm.create_model('cct_2'), 'plan').eval()
+    images = torch.randn(2, 3, 32, 32)
+    entropies = attention_entropy(model, images)
+    weights = timm_sot.attention_maps(model, images)['blocks.1']['weights']
+    torch.testing.assert_close(entropies['blocks.1'], row_entropy(weights))
+    assert 0.5 < entropies['blocks.1'].mean() < 0.999

@@ -6,9 +6,10 @@ import pytest
 import timm
 import torch
 
-import timm_sot  # noqa: F401
+from timm_sot import attention_maps
 from timm_sot.study.data import Images, StudyData
 from timm_sot.study.engine import PRECISIONS, Recipe, Trainer, batch_sizes, train_epoch
+from timm_sot.viz.maps import row_entropy
 
 DEVICE = torch.device('cpu')
 
@@ -22,9 +23,10 @@ def make_data(num_train=32, num_test=16):
     return StudyData('brightness', images(num_train), images(num_test), 2, True)
 
 
-def make_trainer(recipe=Recipe(epochs=2, batch_size=12), name='cct_2', data=make_data(), device=DEVICE, **kwargs):
+def make_trainer(
+        recipe=Recipe(epochs=2, batch_size=12), name='cct_2', data=make_data(), device=DEVICE, tol=None, **kwargs):
     torch.manual_seed(0)
-    model = timm.create_model(name, num_classes=2)
+    model = timm.create_model(name, num_classes=2, **({} if tol is None else {'sot_tol': tol}))
     initial = copy.deepcopy(model.state_dict())
     trainer = Trainer(model, recipe, data.train.to(device), data.test.to(device), device, **kwargs)
     trainer.reset(initial)
@@ -87,6 +89,40 @@ def test_reset_and_load_state():
     trainer.load_state(state)
     assert train(trainer, epochs=[1]) == whole[1:]
     assert [tensor.data_ptr() for tensor in trainer.model.state_dict().values()] == addresses
+
+
+def test_attention_entropy():
+    """That of the model as it is, at even spacing over the test images, and training goes on as if it had not been."""
+    data = make_data(num_test=16)
+    trainer, _ = make_trainer(Recipe(epochs=2, batch_size=3), name='cct_2_sot_q', data=data)
+    first = train(trainer, epochs=[0])
+    trainer.model.train()  # it must look at the model in evaluation mode
+    found = trainer.attention_entropy(num_images=8)
+    assert first + train(trainer, epochs=[1]) == train(make_trainer(
+        Recipe(epochs=2, batch_size=3), name='cct_2_sot_q', data=data)[0])
+
+    trainer, initial = make_trainer(Recipe(epochs=2, batch_size=3), name='cct_2_sot_q', data=data)
+    train(trainer, epochs=[0])
+    maps = attention_maps(trainer.model.eval(), trainer.normalize(data.test.images[::2]))
+    for name, record in maps.items():
+        expected = row_entropy(record['weights']).mean(dim=(0, 2)).tolist()
+        assert found[name] == pytest.approx(expected, abs=2e-9) and all(1 - 1e-3 < value < 1 for value in found[name])
+
+
+def test_attention_entropy_takes_the_batches_of_training():
+    """With `tol` the plan of an image depends on the rest of its batch."""
+    data = make_data(num_test=16)
+    values = []
+    for batch_size in (1, 16):
+        recipe = Recipe(epochs=1, batch_size=batch_size)
+        trainer, _ = make_trainer(recipe, name='cct_2_sot_q_nosoftmax', data=data, tol=0.05)
+        values.append(trainer.attention_entropy()['blocks.0'])
+    assert values[0] != pytest.approx(values[1], abs=1e-5)
+
+
+def test_attention_entropy_of_a_model_without_attention():
+    trainer, _ = make_trainer(name='resnet10t')
+    assert trainer.attention_entropy() == {}
 
 
 def test_models_do_not_disturb_each_other():

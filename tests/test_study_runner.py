@@ -89,11 +89,12 @@ def test_results(folder, capsys):
     results = run(folder)
     assert [(result['model'], result['kwargs']) for result in results] == ROWS
     for result in results:
-        assert tuple(result) == KEYS and json.loads(json.dumps(result)) == result
+        assert tuple(result) == (*KEYS, 'entropy') and json.loads(json.dumps(result)) == result
         assert result['seed'] == 5 and result['epochs'] == len(result['top1']) == len(result['loss']) == 2
         assert result['final'] == result['top1'][-1] and result['best'] == max(result['top1'])
         assert result['versions']['torch'] == torch.__version__ and result['data'].startswith('tiny 24+8 sha256:')
         assert result['device'].endswith('float32') and result['seconds'] > 0
+        assert {name: len(heads) for name, heads in result['entropy'].items()} == {'blocks.0': 2, 'blocks.1': 2}
     assert results[0]['loss'] != results[1]['loss']
     assert 'cct_2_sot_q sot_iters=2 seed 5: top-1' in capsys.readouterr().err
 

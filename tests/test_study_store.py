@@ -14,7 +14,7 @@ RUN = Run('cct_2', {'sot_reg': 0.5}, 3, 2)
 
 def make_result(run=RUN, data='images'):
     values = {key: 1 for key in KEYS}
-    return {**values, **run._asdict(), 'top1': [1.] * run.epochs, 'data': data}
+    return {**values, **run._asdict(), 'top1': [1.] * run.epochs, 'loss': [1.] * run.epochs, 'data': data}
 
 
 def test_run_names():
@@ -36,11 +36,11 @@ def test_corrupt_lines_are_kept_aside(tmp_path):
     store = Store(str(tmp_path))
     store.append(make_result())
     path = tmp_path / 'results.jsonl'
-    incomplete = {**make_result(), 'top1': [1.]}
-    bad = [b'{"model": "cct', b'\xff\xfe', b'[]', b'7', json.dumps(incomplete).encode()]
+    incomplete = [{**make_result(), key: [1.]} for key in ('top1', 'loss')]
+    bad = [b'{"model": "cct', b'\xff\xfe', b'[]', b'7', *(json.dumps(line).encode() for line in incomplete)]
     path.write_bytes(path.read_bytes() + b'\n'.join(bad))  # the last without its end
     store.append(make_result(RUN._replace(seed=4)))
-    with pytest.warns(UserWarning, match='5 unreadable lines'):
+    with pytest.warns(UserWarning, match='6 unreadable lines'):
         assert [result['seed'] for result in store.finished('images')] == [3, 4]
     assert (tmp_path / 'results.corrupt').read_bytes().splitlines() == bad
     assert len(path.read_text().splitlines()) == 2

@@ -11,7 +11,7 @@ from torch import nn
 
 from timm_sot import SOTAttention, apply_sot, attention_maps
 from timm_sot.attention import VARIANTS
-from timm_sot.viz.maps import row_entropy
+from timm_sot.viz.maps import attention_entropy, row_entropy
 
 TINY = dict(img_size=32, patch_size=8, depth=2, embed_dim=48, num_heads=3, num_classes=5)
 SOT = [variant for variant in VARIANTS if variant != 'softmax']
@@ -299,8 +299,36 @@ def test_masks_are_still_refused():
 
 def test_row_entropy():
     weights = torch.randn(2, 3, 5, 8).softmax(-1)
-    expected = -(weights * weights.log()).sum(-1) / torch.tensor(8.).log()
+    expected = -(weights * weights.log()).sum(-1).double() / torch.tensor(8.).log()
     torch.testing.assert_close(row_entropy(weights), expected)
     torch.testing.assert_close(row_entropy(3 * weights), expected)
-    assert row_entropy(torch.ones(4, 8)).sub(1).abs().max() < 1e-6
+    assert row_entropy(torch.ones(4, 8)).sub(1).abs().max() < 1e-15
     assert (row_entropy(F.one_hot(torch.arange(8), 8).float()) == 0).all()
+
+
+def test_row_entropy_close_to_uniform():
+    """1 - H / log N is sum_i d_i^2 / (2 N log N) for weights (1 + d_i) / N of small d with sum 0."""
+    d = torch.tensor([1., -2., 3., -2.])
+    for size in (1e-2, 1e-4):
+        expected = (size * d).square().sum() / (2 * 4 * torch.tensor(4.).log())
+        assert 1 - row_entropy((1 + size * d) / 4).item() == pytest.approx(expected.item(), rel=0.03)
+
+
+@pytest.mark.parametrize('make, variant', [(make_vit, ''), (make_vit, 'sot_q_nosoftmax'), (make_cct, 'sot_qk')])
+def test_attention_entropy(make, variant):
+    model = make(variant) if variant else make()
+    before = state(model)
+    entropies = attention_entropy(model, make_images())
+    maps = attention_maps(model, make_images())
+    assert entropies.keys() == maps.keys() and entropies
+    for name, record in maps.items():
+        torch.testing.assert_close(entropies[name], row_entropy(record['weights']), rtol=0, atol=1e-9)
+    after = state(model)
+    assert after[0] == before[0] and all(torch.equal(after[1][name], value) for name, value in before[1].items())
+
+
+def test_attention_entropy_restores_a_model_that_fails():
+    model = make_vit()
+    with pytest.raises(AssertionError):
+        attention_entropy(model, make_images(size=16))
+    assert all(layer.fused_attn and not layer.attn_drop._forward_hooks for layer in layers_of(model).values())

@@ -3,7 +3,7 @@ import argparse
 import sys
 from typing import List, Optional
 
-from .errors import UserError
+from .errors import UserError, missing_extra
 
 __all__ = ['main']
 
@@ -86,6 +86,30 @@ def _add_study(commands) -> None:
     group.add_argument('--time-limit', type=_number(float, 0), default=float('inf'), metavar='SECONDS',
                        help='stop before it, after a finished epoch')
     parser.set_defaults(run=_study)
+    _add_report(parser.add_subparsers(title='commands', metavar='COMMAND'))
+
+
+def _add_report(commands) -> None:
+    parser = commands.add_parser(
+        'report', help='write tables and figures of finished runs',
+        description='Write report.md, with tables and figures, from the results of studies. Runs of different images, '
+                    'recipes, epochs or devices are not compared.')
+    parser.add_argument('sources', nargs='+', metavar='DIR', help='folder that --out of a study named')
+    parser.add_argument('--baseline', default='', metavar='ROW',
+                        help="row that the others are compared with, e.g. 'cct_2' or 'cct_2_sot_qk sot_reg=0.1' "
+                             '(default: the first of the first study)')
+    parser.add_argument('--out', default='', metavar='DIR', help='where to write (default: the first DIR)')
+    parser.set_defaults(run=_report)
+
+
+def _report(args: argparse.Namespace) -> int:
+    try:
+        from .study.report import write_report
+    except ImportError as e:  # scipy or matplotlib
+        raise missing_extra(e) from e
+
+    print(write_report(args.sources, args.out, args.baseline))
+    return 0
 
 
 def _share(text: str) -> float:

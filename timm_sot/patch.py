@@ -70,7 +70,8 @@ def attention_layers(model: nn.Module) -> Dict[str, Attention]:
     Raises:
         ValueError: If it has none.
     """
-    layers = {name: module for name, module in model.named_modules() if type(module) in (Attention, SOTAttention)}
+    layers = {name: module for name, module in model.named_modules() if (
+        type(module) is Attention or isinstance(module, SOTAttention) and type(module).forward is SOTAttention.forward)}
     if not layers:
         others = sorted({
             f'{type(module).__module__}.{type(module).__qualname__}' for module in model.modules()

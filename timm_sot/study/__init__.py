@@ -2,5 +2,6 @@
 
 data.py holds the images, augment.py turns them into epochs, engine.py trains a model on these (with coupled.py, where
 the training step is a CUDA graph), store.py keeps what has been done, presets.py names the studies worth running, and
-runner.py runs them.
+runner.py runs them. sections.py reads what can be compared, statistics.py compares, and report.py puts it in tables and
+figures (figures.py), beside what the original experiment published (original.py).
 """

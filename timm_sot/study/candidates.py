@@ -17,7 +17,7 @@ from .. import transform  # by its name: coupled.py changes what is in it
 from ..attention import SOTAttention
 from ..patch import attention_layers
 
-__all__ = ['CANDIDATES', 'Candidate', 'CandidateAttention', 'apply_candidate']
+__all__ = ['CANDIDATES', 'Candidate', 'CandidateAttention', 'apply_candidate', 'control_of']
 
 ITERS = 5
 
@@ -198,3 +198,12 @@ def apply_candidate(model: nn.Module, name: str) -> nn.Module:
         layer.__class__ = CandidateAttention
         layer.set_candidate(CANDIDATES[name])
     return model
+
+
+def control_of(model: str, kwargs: Dict[str, Any]) -> Optional[Tuple[str, Dict[str, Any]]]:
+    """The row of a study, model and arguments, that is the control of a row; None if it has none."""
+    candidate = CANDIDATES.get(kwargs.get('candidate'))
+    if candidate is None or candidate.control is None:
+        return None
+    others = {key: value for key, value in kwargs.items() if key != 'candidate'}
+    return model, others if candidate.control == 'softmax' else {**others, 'candidate': candidate.control}

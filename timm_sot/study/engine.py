@@ -18,6 +18,8 @@ from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from torch import nn
 
+from ..patch import attention_layers
+from ..viz.maps import attention_entropy
 from .augment import epoch_seed
 from .data import Images, normalizer
 
@@ -202,16 +204,48 @@ class Trainer:
         with self._on_stream():
             return 100 * self.correct.item() / n, self.loss_sum.item() / n
 
+    def attention_entropy(self, num_images: int = 512) -> Dict[str, List[float]]:
+        """Entropy of the model's attention weights relative to that of uniform weights, see `row_entropy`.
+
+        The model runs eagerly and in evaluation mode, without random numbers, in batches of the size that it trained
+        with: SOT with `tol` depends on the batch.
+
+        Args:
+            num_images: Number of test images, spread evenly over them.
+
+        Returns:
+            A value for each head, the mean over queries and images, by the name of the layer's block; empty for a
+            model without attention layers of a known class.
+        """
+        try:
+            attention_layers(self.model)
+        except ValueError:
+            return {}
+        self.model.eval()
+        total = len(self.test.labels)
+        count = min(num_images, total)
+        sums: Dict[str, torch.Tensor] = {}
+        with self._on_stream():
+            for index in (torch.arange(count, device=self.device) * total // count).split(len(self.arange)):
+                with self._autocast():
+                    entropies = attention_entropy(self.model, self.normalize(self.test.images[index]))
+                for name, values in entropies.items():  # (B, H, N)
+                    sums[name] = sums.get(name, 0) + values.mean(dim=2).sum(dim=0)
+            return {name: [round(value, 9) for value in (values / count).tolist()] for name, values in sums.items()}
+
     def _on_stream(self):
         return torch.cuda.stream(self.stream) if self.stream is not None else contextlib.nullcontext()
+
+    def _autocast(self):
+        return torch.autocast(self.device.type, self.autocast, cache_enabled=False) if self.autocast \
+            else contextlib.nullcontext()
 
     def _forward(self, images: Images, size: int) -> Tuple[torch.Tensor, torch.Tensor]:
         """Logits and labels of the next `size` images."""
         index = self.cursor + self.arange[:size]
         self.cursor += size
         batch = self.normalize(images.images.index_select(0, index))
-        with torch.autocast(self.device.type, self.autocast, cache_enabled=False) if self.autocast \
-                else contextlib.nullcontext():
+        with self._autocast():
             logits = self.model(batch)
         return logits.float(), images.labels.index_select(0, index)
 

@@ -4,7 +4,7 @@ from typing import Any, Dict, NamedTuple, Sequence, Tuple
 
 from .candidates import CANDIDATES
 
-__all__ = ['PRESETS', 'Preset', 'Study']
+__all__ = ['ORIGINAL', 'PRESETS', 'Preset', 'Study']
 
 Row = Tuple[str, Dict[str, Any]]  # model and its arguments
 

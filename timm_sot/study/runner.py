@@ -111,7 +111,8 @@ def run_study(
     Returns:
         The results of all finished runs of the study, in the order of its rows and seeds, ready for JSON: `top1`
         (percent) and `loss` are those on the test images after each epoch, `best` and `final` the highest and the last
-        top-1, `seconds` the time of training and testing, shared equally by runs that trained at once.
+        top-1, `seconds` the time of training and testing, shared equally by runs that trained at once, `entropy` that
+        of the attention at the end, see `Trainer.attention_entropy`.
     """
     try:
         import tqdm  # noqa: F401
@@ -276,7 +277,8 @@ class Session:
         self.store.finish(run, {
             'model': run.model, 'kwargs': run.kwargs, 'seed': run.seed, 'epochs': run.epochs,
             'best': max(top1s), 'final': top1s[-1], 'top1': top1s, 'loss': record['loss'],
-            'seconds': record['seconds'], **self.about}, trainer.model.state_dict())
+            'seconds': record['seconds'], **self.about, 'entropy': trainer.attention_entropy(),
+        }, trainer.model.state_dict())
         self.bar.write(
             f'{run.row} seed {run.seed}: top-1 {top1s[-1]:.2f}, best {max(top1s):.2f}, {record["seconds"]:.1f} s',
             file=sys.stderr)

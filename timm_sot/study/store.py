@@ -15,7 +15,7 @@ import json
 import os
 import re
 import warnings
-from typing import Any, Dict, Iterator, List, NamedTuple, Optional
+from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Tuple
 
 import torch
 from safetensors.torch import save_file
@@ -27,7 +27,7 @@ try:
 except ImportError:  # not there on Windows: one process to a folder
     fcntl = None
 
-__all__ = ['KEYS', 'Run', 'Store']
+__all__ = ['KEYS', 'Run', 'Store', 'read_lines']
 
 KEYS = ('model', 'kwargs', 'seed', 'epochs', 'best', 'final', 'top1', 'loss', 'seconds', 'device', 'versions', 'commit',
         'data')
@@ -96,20 +96,11 @@ class Store:
         if not self.folder:
             return self.lines
         path = self._path('results.jsonl')
-        good, bad = [], []
         with self._lock('results.lock'):
             try:
-                with open(path, 'rb') as f:
-                    lines = f.read().splitlines()
+                good, bad = read_lines(path)
             except FileNotFoundError:
-                lines = []
-            for line in filter(bytes.strip, lines):
-                try:
-                    result = json.loads(line)
-                    complete = all(key in result for key in KEYS) and len(result['top1']) == result['epochs']
-                except (ValueError, TypeError):
-                    complete = False
-                (good if complete else bad).append(line)
+                good, bad = [], []
             if bad:
                 warnings.warn(f'{len(bad)} unreadable lines of {path} moved to results.corrupt; their runs are redone.')
                 with open(self._path('results.corrupt'), 'ab') as f:
@@ -186,6 +177,24 @@ class Store:
             if fcntl is not None:
                 fcntl.lockf(f, fcntl.LOCK_EX)
             yield
+
+
+def read_lines(path: str) -> Tuple[List[bytes], List[bytes]]:
+    """The lines of a results.jsonl: those of finished runs, and those that cannot be read."""
+    good, bad = [], []
+    with open(path, 'rb') as f:
+        for line in filter(bytes.strip, f.read().splitlines()):
+            try:
+                complete = is_complete(json.loads(line))
+            except (ValueError, TypeError):
+                complete = False
+            (good if complete else bad).append(line)
+    return good, bad
+
+
+def is_complete(result: Any) -> bool:
+    """Whether it has what the line of a finished run has; raises TypeError where its values are not of their kinds."""
+    return all(key in result for key in KEYS) and len(result['top1']) == len(result['loss']) == result['epochs']
 
 
 def write_file(path: str, content) -> None:

@@ -21,7 +21,7 @@ from matplotlib.patches import Rectangle
 
 from ..patch import attention_layers
 from .inputs import model_input, shown_pixels, token_grid
-from .maps import attention_maps, attributes_set, row_entropy
+from .maps import attention_entropy, attention_maps, attributes_set
 
 __all__ = ['compare', 'entropy', 'heads', 'patches', 'reg']
 
@@ -410,7 +410,7 @@ def relative_entropy(value: float) -> str:
     """A number with its distance from 1 where four digits would not show any."""
     if value < 0.9995:
         return f'{value:.3f}'
-    return f'1−{1 - value:.0e}'.replace('e-0', 'e−') if value < 1 - 1e-6 else '>1−1e−6'  # closer is rounding
+    return f'1−{1 - value:.0e}'.replace('e-0', 'e−') if value < 1 - 1e-6 else '>1−1e−6'
 
 
 def entropies(
@@ -422,17 +422,25 @@ def entropies(
     """Entropies relative to uniform attention, by layer, (images, H, N)."""
     batches: Dict[str, List[torch.Tensor]] = {}
     for start in range(0, len(images), batch_size):
-        for key, record in maps_of(model, images[start:start + batch_size], dropout).items():
-            batches.setdefault(key, []).append(row_entropy(record['weights']))
+        x = input_of(model, images[start:start + batch_size])
+        with evaluation(model, dropout):
+            for key, values in attention_entropy(model, x).items():
+                batches.setdefault(key, []).append(values.cpu())
     return {key: torch.cat(values) for key, values in batches.items()}
+
+
+def input_of(model: nn.Module, images: Sequence[Image.Image]) -> torch.Tensor:
+    """Images as a batch in the model's dtype and on its device."""
+    x = torch.stack([model_input(model, image) for image in images])
+    reference = next(model.parameters(), x)
+    return x.to(reference.device, reference.dtype)
 
 
 def maps_of(model: nn.Module, images: Sequence[Image.Image], dropout: bool) -> Maps:
     """`attention_maps` of images in evaluation mode, on the CPU and in float32."""
-    x = torch.stack([model_input(model, image) for image in images])
-    reference = next(model.parameters(), x)
+    x = input_of(model, images)
     with evaluation(model, dropout):
-        maps = attention_maps(model, x.to(reference.device, reference.dtype))
+        maps = attention_maps(model, x)
     return {key: {kind: matrix.float().cpu() for kind, matrix in record.items()} for key, record in maps.items()}
 
 

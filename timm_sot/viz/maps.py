@@ -1,4 +1,5 @@
 """ The matrices of a model's attention layers, taken from its own forward pass """
+import math
 from contextlib import ExitStack, contextmanager
 from typing import Any, Dict, Iterator
 
@@ -10,7 +11,7 @@ from ..attention import SOTAttention, _sot_attention_weights
 from ..patch import attention_layers
 from ..transform import autocast_disabled
 
-__all__ = ['attention_maps', 'row_entropy']
+__all__ = ['attention_entropy', 'attention_maps', 'row_entropy']
 
 
 @torch.no_grad()
@@ -43,6 +44,40 @@ def attention_maps(model: nn.Module, images: torch.Tensor) -> Dict[str, Dict[str
         stack.enter_context(buffers_kept(model))
         model(images)
     return {name: record for name, record in maps.items() if record}
+
+
+@torch.no_grad()
+def attention_entropy(model: nn.Module, images: torch.Tensor) -> Dict[str, torch.Tensor]:
+    """Run a model and return the entropy of the rows of the attention weights of all its attention layers.
+
+    As :func:`attention_maps` with :func:`row_entropy` of its 'weights', but no layer's matrices are kept.
+
+    Args:
+        model: Any model that :func:`timm_sot.apply_sot` accepts, in the mode in which it is to be looked at.
+        images: What the model takes, (B, C, H, W).
+
+    Returns:
+        For each attention layer that ran, by the name of its block, entropies relative to uniform weights, (B, H, N).
+
+    Raises:
+        ValueError: If the model has no attention layer of a known class.
+    """
+    model = getattr(model, '_orig_mod', model)
+    entropies = {}
+
+    def keep(name):
+        def hook(module, args, weights):
+            entropies[name] = row_entropy(weights)
+        return hook
+
+    with ExitStack() as stack:
+        for name, layer in attention_layers(model).items():
+            stack.enter_context(attributes_set(layer, {'fused_attn': False}))
+            handle = layer.attn_drop.register_forward_hook(keep(name.removesuffix('.attn')))
+            stack.callback(handle.remove)
+        stack.enter_context(buffers_kept(model))
+        model(images)
+    return entropies
 
 
 @contextmanager
@@ -117,8 +152,9 @@ def buffers_kept(model: nn.Module) -> Iterator[None]:
 def row_entropy(weights: torch.Tensor) -> torch.Tensor:
     """Entropy of each row relative to that of uniform weights, (..., N) -> (...): 0 for one key, 1 for all N alike.
 
-    Rows that do not sum to 1, those of the variants without softmax, are divided by their sum first.
+    Rows that do not sum to 1, those of the variants without softmax, are divided by their sum first. In float64, since
+    for weights that differ from uniform ones by a small part it differs from 1 by about the square of that.
     """
-    weights = weights.float()
+    weights = weights.double() if weights.device.type != 'mps' else weights.float()
     weights = weights / weights.sum(dim=-1, keepdim=True)
-    return torch.special.entr(weights).sum(dim=-1) / torch.tensor(float(weights.shape[-1])).log()
+    return torch.special.entr(weights).sum(dim=-1) / math.log(weights.shape[-1])
