@@ -82,6 +82,16 @@ def _add_study(commands) -> None:
     group.add_argument('--no-graphs', action='store_true', help='train without CUDA graphs')
     group.add_argument('--time-limit', type=_number(float, 0), default=float('inf'), metavar='SECONDS',
                        help='stop before it, after a finished epoch')
+
+    group = parser.add_argument_group('where: Ray')
+    group.add_argument('--ray', nargs='?', const='', metavar='ADDRESS',
+                       help='run each run as a task of Ray: of the cluster at HOST:PORT, or of the one that runs on this '
+                            "machine for 'auto', without an ADDRESS of the one that RAY_ADDRESS names, or else of one "
+                            'that is started on this machine')
+    group.add_argument('--cpus-per-run', type=_number(float, 0, exclusive=True), default=1., metavar='N',
+                       help='CPUs and threads of a run (default: 1)')
+    group.add_argument('--gpus-per-run', type=_share, metavar='N',
+                       help='share of a GPU of a run (default: 1 / PARALLEL)')
     parser.set_defaults(run=_study)
 
 
@@ -100,7 +110,7 @@ def _study(args: argparse.Namespace) -> int:
 
     from .study.engine import Recipe
     from .study.presets import PRESETS, Study
-    from .study.runner import format_table, resolve_device, run_study
+    from .study.runner import RunsFailed, format_table, resolve_device, run_study
 
     rows, seeds, settings = PRESETS[args.preset]
     if args.models:
@@ -115,11 +125,24 @@ def _study(args: argparse.Namespace) -> int:
     if args.augment is not None:
         settings['augment'] = tuple(args.augment)
     study = Study(rows, args.seed or seeds, args.data_dir, args.fraction, args.holdout)
-    results = run_study(
-        study, Recipe(**settings), resolve_device(args.device), args.out, args.parallel, args.workers,
-        not args.no_graphs, args.time_limit)
+    device = cluster = None
+    if args.ray is None:
+        device = resolve_device(args.device)
+    else:
+        from .study.cluster import Cluster
+
+        cluster = Cluster(args.ray, args.device, args.cpus_per_run, args.gpus_per_run)
+    failure = None
+    try:
+        results = run_study(
+            study, Recipe(**settings), device, args.out, args.parallel, args.workers, not args.no_graphs,
+            args.time_limit, cluster)
+    except RunsFailed as e:
+        results, failure = e.results, e
     if results:
         print(format_table(results))
+    if failure:
+        raise failure
     return 0
 
 
