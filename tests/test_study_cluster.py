@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -19,8 +20,10 @@ import timm_sot
 from timm_sot.errors import UserError
 from timm_sot.study import cluster
 from timm_sot.study.cluster import Cluster, ClusterSession
+from timm_sot.study.data import Images, StudyData
 from timm_sot.study.engine import Recipe
 from timm_sot.study.presets import Study
+from timm_sot.study.progress import Progress
 from timm_sot.study.runner import TIME_LIMIT, RunsFailed, run_study
 from timm_sot.study.store import KEYS, Run, Store
 
@@ -103,20 +106,22 @@ def test_lost_workers(two_workers, folder, tmp_path, capsys, monkeypatch):
     killed, checkpoints = [], {}
 
     def kill_once(self, task, checkpoint):
-        on_save(self, task, checkpoint)
-        if task.run.name not in killed:
+        first = task.run.name not in killed
+        if first:
             killed.append(task.run.name)
             os.kill(int(task.worker.split()[1]), signal.SIGKILL)
+        on_save(self, task, checkpoint)
+        if first:
             checkpoints[task.run.name] = torch.load(tmp_path / 'checkpoints' / f'{task.run.name}.pt')
 
     monkeypatch.setattr(ClusterSession, '_on_save', kill_once)
-    results = run(folder, tmp_path, epochs=8)
-    assert numbers(results) == numbers(run(folder, epochs=8, cluster=None)) and len(killed) == 2
+    results = run(folder, tmp_path, epochs=12)
+    assert numbers(results) == numbers(run(folder, epochs=12, cluster=None)) and len(killed) == 2
     printed = capsys.readouterr().err
-    assert printed.count('(WorkerCrashedError), goes on after epoch 1') == 2
+    assert printed.count('(WorkerCrashedError), goes on after epoch ') == 2 and 'after epoch 0' not in printed
 
     # what the killed ones left is what a study in one process leaves
-    run(folder, tmp_path / 'alone', epochs=8, cluster=None, time_limit=0.)
+    run(folder, tmp_path / 'alone', epochs=12, cluster=None, time_limit=0.)
     for name, checkpoint in checkpoints.items():
         alone = torch.load(tmp_path / 'alone' / 'checkpoints' / f'{name}.pt')
         for mine, theirs in zip(flat({**checkpoint, 'seconds': 0}), flat({**alone, 'seconds': 0}), strict=True):
@@ -146,14 +151,14 @@ def test_too_much_asked(two_workers, folder):
         run(folder, cluster=Cluster(cpus=3))
 
 
-def test_killed(two_workers, folder, tmp_path):
+def test_killed(two_workers, folder, tmp_path, monkeypatch):
     """SIGKILL of the command, which works on the cluster of another process; a study then goes on from its epochs."""
     command = [
-        sys.executable, '-m', 'timm_sot.cli', 'study', '--models', 'cct_2', '--epochs', '100', '--batch-size', '10',
+        sys.executable, '-m', 'timm_sot.cli', 'study', '--models', 'cct_2', '--epochs', '20', '--batch-size', '10',
         '--data-dir', folder, '--device', 'cpu', '--workers', '0', '--out', str(tmp_path), '--ray', two_workers]
     root = os.path.dirname(os.path.dirname(timm_sot.__file__))
     process = subprocess.Popen(command, env={**os.environ, 'PYTHONPATH': root}, stderr=subprocess.DEVNULL)
-    checkpoint = tmp_path / 'checkpoints' / 'cct_2-seed-0-epochs-100.pt'
+    checkpoint = tmp_path / 'checkpoints' / 'cct_2-seed-0-epochs-20.pt'
     for _ in range(3000):
         if checkpoint.exists() or process.poll() is not None:
             break
@@ -161,13 +166,239 @@ def test_killed(two_workers, folder, tmp_path):
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     assert checkpoint.exists() and not (tmp_path / 'results.jsonl').exists()
-    begun = []
+    epochs = torch.load(checkpoint)['epoch']
+    on_begin, begun = ClusterSession._on_begin, []
+    monkeypatch.setattr(ClusterSession, '_on_begin', lambda self, task, epoch, *values: (
+        begun.append(epoch), on_begin(self, task, epoch, *values)))
+    resumed = run(folder, tmp_path, rows=ROWS[:1], seeds=(0,), epochs=20)
+    assert begun == [epochs] and 1 <= epochs < 20
+    assert numbers(resumed) == numbers(run(folder, rows=ROWS[:1], seeds=(0,), epochs=20, cluster=None))
+
+
+# with a stand-in for Ray, whose tasks are lists of messages
+
+class Stream(list):
+    """The messages that a task will send; 'nothing' lets a timeout pass."""
+
+    def __next__(self):
+        if not self:
+            raise StopIteration
+        return self.pop(0)
+
+
+class StandIn:
+    """Tasks, in the order in which they are submitted, send what `scripts` holds: errors are raised."""
+    exceptions = exceptions
+
+    def __init__(self, scripts, machines=(dict(CPU=2., GPU=1.),)):
+        self.scripts = [Stream(script) for script in scripts]
+        self.machines = [{'Alive': True, 'Resources': resources} for resources in machines]
+        self.submitted, self.cancelled = [], []
+
+    def cluster_resources(self):
+        return {'GPU': sum(machine['Resources'].get('GPU', 0.) for machine in self.machines)}
+
+    def nodes(self):
+        return self.machines
+
+    def put(self, value):
+        return value
+
+    def remote(self, **options):
+        self.options = options
+        return lambda function: SimpleNamespace(remote=self._submit)
+
+    def _submit(self, version, images, run, checkpoint, setting):
+        self.submitted.append((run.model, checkpoint and checkpoint['epoch']))
+        self.setting = setting
+        return self.scripts.pop(0)
+
+    def wait(self, streams, timeout):
+        for stream in streams:
+            if stream[:1] != ['nothing']:
+                return [stream], []
+            next(stream)
+        return [], streams
+
+    def get(self, message):
+        if isinstance(message, Exception):
+            raise message
+        return message
+
+    def cancel(self, stream, force):
+        self.cancelled.append(stream)
+
+
+BEGIN = ('begin', 0, 3, 'process 7 on here')
+LOST = exceptions.WorkerCrashedError()
+
+
+def save(epoch):
+    return 'save', {'epoch': epoch, 'top1': [50.] * epoch}
+
+
+def finish(model, epochs=2):
+    return 'finish', {'model': model, 'top1': [50.] * epochs, 'final': 50., 'best': 50., 'seconds': 1.}, {}
+
+
+def play(stand_in, models=('a',), of=Cluster(), deadline=float('inf'), parallel=6, workers=None):
+    """Run one run of each model; returns the lines of failures and the models that are finished."""
+    images = Images(torch.zeros(4, 3, 8, 8, dtype=torch.uint8), torch.zeros(4, dtype=torch.int64))
+    runs = [Run(model, {}, 0, 2) for model in models]
+    store, progress = Store(''), Progress(runs, 0)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ClusterSession, '_on_begin', lambda self, task, epoch, *args: (
-            begun.append(epoch), on_begin(self, task, epoch, *args)))
-        resumed = run(folder, tmp_path, rows=ROWS[:1], seeds=(0,), epochs=100)
-    assert begun[0] >= 1
-    assert numbers(resumed) == numbers(run(folder, rows=ROWS[:1], seeds=(0,), epochs=100, cluster=None))
+        patch.setattr(Cluster, 'connect', lambda self: nullcontext(stand_in))
+        with of.session(('a', {}), StudyData('', images, images, 2, False), '', recipe(2), store, progress, True,
+                        deadline) as session:
+            failed = session.run(runs, {run.name: None for run in runs}, parallel, workers)
+    progress.close()
+    stand_in.epochs = progress.study.n
+    return failed, [result['model'] for result in store.lines]
 
 
-on_begin = ClusterSession._on_begin
+def test_runs_go_on_from_the_last_checkpoint(capsys):
+    stand_in = StandIn([[BEGIN, ('step', 2), LOST], [BEGIN, save(1)], [BEGIN, LOST], [BEGIN, finish('a')]])
+    assert play(stand_in) == ([], ['a']) and stand_in.epochs == 2
+    assert stand_in.submitted == [('a', None), ('a', None), ('a', 1), ('a', 1)]
+    printed = capsys.readouterr().err
+    assert printed.count('a seed 0: lost process 7 on here (WorkerCrashedError), goes on after epoch') == 2
+    assert 'goes on after epoch 0' in printed and '(StopIteration), goes on after epoch 1' in printed
+
+
+def test_losses_are_bounded():
+    """Three retries without an epoch between them; the other run finishes."""
+    lost = [BEGIN, LOST]
+    stand_in = StandIn([lost, [BEGIN, finish('b')], lost, lost, [BEGIN, save(1), LOST], lost, lost, lost])
+    failed, finished = play(stand_in, ['a', 'b'])
+    assert failed == ['a seed 0: 4 workers lost in one epoch, the last with WorkerCrashedError: '
+                      + str(LOST).splitlines()[0]]
+    assert finished == ['b'] and len(stand_in.submitted) == 8
+
+
+def test_time_limit(monkeypatch, capsys):
+    """The run that has finished an epoch stops, the one that waits does not begin, the third finishes its epoch."""
+    clock = [0.]
+    monkeypatch.setattr(cluster, 'time', SimpleNamespace(monotonic=lambda: clock[0]))
+    on_step = ClusterSession._on_step
+    monkeypatch.setattr(ClusterSession, '_on_step', lambda self, task, steps: (
+        clock.__setitem__(0, clock[0] + 10 * steps), on_step(self, task, steps)))
+
+    def scripts():
+        clock[0] = 0.
+        return StandIn([
+            [BEGIN, ('step', 1), save(1), ('step', 1), finish('a')],
+            [BEGIN, 'nothing', 'nothing', 'nothing', save(1), finish('b')],
+            ['nothing'] * 9 + [BEGIN, finish('c')]])
+
+    assert play(scripts(), 'abc', deadline=100.) == ([], ['a', 'b', 'c'])
+    assert TIME_LIMIT not in capsys.readouterr().err
+    stand_in = scripts()
+    assert play(stand_in, 'abc', deadline=21.) == ([], [])
+    waiting, stopped, last = stand_in.cancelled
+    assert BEGIN in waiting and stopped == [('step', 1), finish('a')] and last == [finish('b')]
+    assert capsys.readouterr().err.count(TIME_LIMIT) == 1
+
+
+def test_nothing_begins_after_the_time_limit(capsys):
+    stand_in = StandIn([['nothing', BEGIN]])
+    assert play(stand_in, deadline=time.monotonic()) == ([], []) and len(stand_in.cancelled) == 1
+    assert TIME_LIMIT in capsys.readouterr().err
+
+
+def test_no_machine_left(capsys):
+    stand_in = StandIn([[BEGIN, LOST], ['nothing', 'nothing', BEGIN, finish('a')]])
+    get, stand_in.get = stand_in.get, lambda message: (stand_in.machines[0].update(Alive=False), get(message))[1]
+    assert play(stand_in) == ([], ['a'])
+    assert capsys.readouterr().err.count('waits for a machine that has 1 CPU') == 1
+
+
+def test_shares():
+    def asked(*args, **kwargs):
+        stand_in = StandIn([[BEGIN, finish('a')]], kwargs.pop('machines', (dict(CPU=8., GPU=2.), dict(CPU=64.))))
+        play(stand_in, of=Cluster('', *args), **kwargs)
+        assert stand_in.options['max_retries'] == 0 and stand_in.options['num_returns'] == 'streaming'
+        return [stand_in.options[key] for key in ('num_cpus', 'num_gpus')] + [
+            stand_in.setting[key] for key in ('device', 'threads', 'workers')]
+
+    assert asked() == [1., 0.1666, 'cuda', 1, 0]  # six of a sixth that is rounded up have no room on one GPU
+    assert asked('', 3., parallel=2) == [3., 0.5, 'cuda', 3, 2]
+    assert asked('', 0.5, 0.25, workers=1) == [0.5, 0.25, 'cuda', 1, 1]
+    assert asked('cpu', 2., 0.25) == [2., 0., 'cpu', 2, 1]
+    assert asked(machines=[dict(CPU=2.)]) == [1., 0., 'cpu', 1, 0]
+    with pytest.raises(UserError, match='has 16 CPU and 0.1666 GPU for a run; add one'):
+        asked('', 16.)  # there are such, but on two machines
+
+
+def test_warnings_are_said_once(capsys):
+    warning = ('warning', 'here: UserWarning: beware')
+    assert play(StandIn([[warning, BEGIN, finish('a')], [BEGIN, warning, finish('b')]]), 'ab') == ([], ['a', 'b'])
+    assert capsys.readouterr().err.count('beware') == 1
+
+
+def test_a_machine_without_timm_sot():
+    error = exceptions.RayTaskError('train_run', "\nModuleNotFoundError: No module named 'timm_sot'", RuntimeError(
+        'The remote function failed to import on the worker.'))
+    stand_in = StandIn([[error], [BEGIN]])
+    with pytest.raises(UserError, match="cannot import timm-sot .*: ModuleNotFoundError: No module named 'timm_sot'; inst"):
+        play(stand_in, 'ab')
+    assert len(stand_in.cancelled) == 2
+
+
+# connecting
+
+def closed_port():
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        return s.getsockname()[1]
+
+
+@pytest.mark.parametrize('address, message', [
+    ('127.0.0.1:{port}', r'no Ray at 127.0.0.1:\d+ \(.*refused\); --ray takes HOST:PORT'),
+    ('[::1]:{port}', r'no Ray at \[::1\]'),
+    ('nonsense', 'no Ray at nonsense'),
+    ('127.0.0.1:99999', 'no Ray at 127.0.0.1:99999'),
+    ('ray://127.0.0.1:10001', 'ray://127.0.0.1:10001 is an address of Ray Client'),
+])
+@pytest.mark.parametrize('variable', [False, True])
+def test_unreachable(address, message, variable, monkeypatch):
+    monkeypatch.setattr(ray, 'is_initialized', lambda: False)
+    monkeypatch.setattr(ray, 'init', None)
+    address = address.format(port=closed_port())
+    if variable:
+        monkeypatch.setenv('RAY_ADDRESS', address)
+    with pytest.raises(UserError, match=message), Cluster('' if variable else address).connect():
+        pass
+
+
+def test_starts_a_quiet_ray(monkeypatch):
+    calls = []
+    monkeypatch.delenv('RAY_ADDRESS', raising=False)
+    monkeypatch.setenv('RAY_USAGE_STATS_ENABLED', '1')
+    monkeypatch.setattr(ray, 'is_initialized', lambda: False)
+    monkeypatch.setattr(ray, 'init', lambda address, **options: calls.append((address, options)))
+    monkeypatch.setattr(ray, 'shutdown', lambda: calls.append('shutdown'))
+    with Cluster().connect():
+        (address, options), = calls
+    assert address == 'local' and options['include_dashboard'] is False and options['log_to_driver'] is False
+    assert os.environ['RAY_USAGE_STATS_ENABLED'] == '0' and calls[1:] == ['shutdown']
+
+
+def test_ray_cannot_start(monkeypatch):
+    def init(*args, **kwargs):
+        raise OSError('AF_UNIX path length')
+
+    monkeypatch.setattr(ray, 'is_initialized', lambda: False)
+    monkeypatch.setattr(ray, 'init', init)
+    with pytest.raises(UserError, match='Ray at local: OSError: AF_UNIX path length'), Cluster('local').connect():
+        pass
+
+
+def test_without_ray(monkeypatch, folder):
+    monkeypatch.setitem(sys.modules, 'ray', None)
+    with pytest.raises(UserError, match=r"needs the package ray; install it with: pip install 'timm-sot\[ray\]'"):
+        run(folder)
+
+
+def test_device():
+    with pytest.raises(UserError, match="device 'cuda:1' cannot be used with Ray"):
+        Cluster(device='cuda:1')

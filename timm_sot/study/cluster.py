@@ -75,7 +75,8 @@ class Cluster:
         try:
             ray.init(address, logging_level=logging.ERROR, log_to_driver=False, **options)
         except (ConnectionError, OSError, RuntimeError, ValueError) as e:
-            raise UserError(f'Ray at {address}: {first_line(e)}') from e
+            token = '' if address == 'local' else '; a cluster that asks for a token needs RAY_AUTH_MODE=token here, too'
+            raise UserError(f'Ray at {address}: {first_line(e)}{token}.') from e
         try:
             yield ray
         finally:
@@ -185,6 +186,10 @@ class ClusterSession:
         except UserError as e:  # Ray's, of the class of the worker's: it concerns all runs
             raise UserError(str(e.cause)) from None
         except errors.RayTaskError as e:
+            if 'failed to import' in str(e.cause) and not task.worker:
+                raise UserError(
+                    f'a machine of the Ray cluster cannot import timm-sot (with its dependencies): '
+                    f'{str(e).strip().splitlines()[-1]}; install timm-sot {__version__} on all machines.') from None
             self.progress.write(str(e))
             self._fail(task, first_line(e.cause))
         except (errors.RayError, StopIteration) as e:
@@ -320,7 +325,8 @@ def train_run(
     def train():
         try:
             if version != __version__:
-                raise UserError(f'timm-sot is {__version__} there and {version} here; install the same on all machines.')
+                raise UserError(f'timm-sot is {__version__} there and {version} here; install one version on all '
+                                f'machines.')
             torch.set_num_threads(setting['threads'])
             session = Session(
                 setting['first'], to_tensors(images), setting['name'], setting['recipe'], link, link, setting['graphs'],
