@@ -1,6 +1,7 @@
 """ The runs of a study as tasks of Ray """
 import logging
 import os
+import platform
 import signal
 import socket
 import subprocess
@@ -19,7 +20,7 @@ from safetensors.torch import load_file
 import timm_sot
 from timm_sot.errors import UserError
 from timm_sot.study import cluster
-from timm_sot.study.cluster import Cluster, ClusterSession
+from timm_sot.study.cluster import Cluster, ClusterSession, Link
 from timm_sot.study.data import Images, StudyData
 from timm_sot.study.engine import Recipe
 from timm_sot.study.presets import Study
@@ -100,32 +101,30 @@ def flat(value):
     return [value]
 
 
-def test_lost_workers(two_workers, folder, tmp_path, capsys, monkeypatch):
-    """Each worker is killed once, after its first epoch; the runs end with the numbers of undisturbed ones."""
+def test_lost_worker(two_workers, folder, tmp_path, capsys, monkeypatch):
+    """A worker is killed after its first epoch; the runs end with the numbers of undisturbed ones."""
     on_save = ClusterSession._on_save
-    killed, checkpoints = [], {}
+    left = []  # checkpoint of the killed worker
 
-    def kill_once(self, task, checkpoint):
-        first = task.run.name not in killed
-        if first:
-            killed.append(task.run.name)
+    def kill(self, task, checkpoint):
+        if not left:
             os.kill(int(task.worker.split()[1]), signal.SIGKILL)
         on_save(self, task, checkpoint)
-        if first:
-            checkpoints[task.run.name] = torch.load(tmp_path / 'checkpoints' / f'{task.run.name}.pt')
+        if not left:
+            left.append((task.run.name, torch.load(tmp_path / 'checkpoints' / f'{task.run.name}.pt')))
 
-    monkeypatch.setattr(ClusterSession, '_on_save', kill_once)
+    monkeypatch.setattr(ClusterSession, '_on_save', kill)
     results = run(folder, tmp_path, epochs=12)
-    assert numbers(results) == numbers(run(folder, epochs=12, cluster=None)) and len(killed) == 2
+    assert numbers(results) == numbers(run(folder, epochs=12, cluster=None))
     printed = capsys.readouterr().err
-    assert printed.count('(WorkerCrashedError), goes on after epoch ') == 2 and 'after epoch 0' not in printed
+    assert printed.count('(WorkerCrashedError), goes on after epoch ') == 1 and 'after epoch 0' not in printed
 
-    # what the killed ones left is what a study in one process leaves
+    # what it left is what a study in one process leaves
     run(folder, tmp_path / 'alone', epochs=12, cluster=None, time_limit=0.)
-    for name, checkpoint in checkpoints.items():
-        alone = torch.load(tmp_path / 'alone' / 'checkpoints' / f'{name}.pt')
-        for mine, theirs in zip(flat({**checkpoint, 'seconds': 0}), flat({**alone, 'seconds': 0}), strict=True):
-            assert torch.equal(mine, theirs) if isinstance(mine, torch.Tensor) else mine == theirs
+    (name, mine), = left
+    theirs = torch.load(tmp_path / 'alone' / 'checkpoints' / f'{name}.pt')
+    for a, b in zip(flat({**mine, 'seconds': 0}), flat({**theirs, 'seconds': 0}), strict=True):
+        assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
 
 
 def test_an_error_in_a_run(two_workers, folder, tmp_path, capsys):
@@ -329,10 +328,50 @@ def test_shares():
         asked('', 16.)  # there are such, but on two machines
 
 
+def test_worker():
+    """What a task does and sends, in this process."""
+    images = Images(torch.zeros(4, 3, 32, 32, dtype=torch.uint8), torch.tensor([0, 1, 0, 1]))
+    data = StudyData('', images, images, 2, False)
+    run = Run('cct_2', {}, 0, 2)
+    setting = dict(first=('cct_2', {}), name='these', recipe=recipe(2), graphs=True, device='cpu', threads=2, workers=0)
+    threads = torch.get_num_threads()
+    try:
+        begin, *messages, finish = cluster.train_run(timm_sot.__version__, cluster.to_arrays(data), run, None, setting)
+        (_, checkpoint), = [message for message in messages if message[0] == 'save']
+        again = [*cluster.train_run(timm_sot.__version__, cluster.to_arrays(data), run, checkpoint, setting)]
+    finally:
+        torch.set_num_threads(threads)
+    assert begin == ('begin', 0, 1, f'process {os.getpid()} on {platform.node()}')
+    assert sum(message[1] for message in messages if message[0] == 'step') == 2
+    assert checkpoint['epoch'] == 1 and checkpoint['data'] == 'these'
+    assert finish[0] == 'finish' and finish[1]['device'] == 'cpu (2 threads), float32'
+    assert finish[2].keys() == checkpoint['state']['model'].keys()
+
+    assert again[0][:2] == ('begin', 1) and {**again[-1][1], 'seconds': 0} == {**finish[1], 'seconds': 0}
+
+
+def test_a_worker_sends_copies():
+    """Training goes on while a message is on its way."""
+    link, weight = Link(), torch.zeros(2)
+    link.save(None, {'epoch': 1, 'state': {'optimizer': [{'step': weight}]}})
+    link.finish(None, {}, {'weight': weight})
+    weight.add_(1)
+    (_, saved), (_, _, weights) = link.messages.get(), link.messages.get()
+    assert saved['epoch'] == 1 and not saved['state']['optimizer'][0]['step'].any() and not weights['weight'].any()
+
+
 def test_warnings_are_said_once(capsys):
     warning = ('warning', 'here: UserWarning: beware')
     assert play(StandIn([[warning, BEGIN, finish('a')], [BEGIN, warning, finish('b')]]), 'ab') == ([], ['a', 'b'])
     assert capsys.readouterr().err.count('beware') == 1
+
+
+def test_ray_does_not_print_to_stdout(capsys):
+    stand_in = StandIn([[BEGIN, finish('a')]])
+    get, stand_in.get = stand_in.get, lambda message: (print('of a raylet'), get(message))[1]
+    play(stand_in)
+    printed = capsys.readouterr()
+    assert not printed.out and printed.err.count('of a raylet') == 2
 
 
 def test_a_machine_without_timm_sot():

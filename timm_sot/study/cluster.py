@@ -168,7 +168,7 @@ class ClusterSession:
             ready, _ = ray.wait([task.stream for task in self.tasks], timeout=1.)
             if ready:
                 self._receive(next(task for task in self.tasks if task.stream is ready[0]))
-            if not any(task.worker for task in self.tasks):
+            elif not any(task.worker for task in self.tasks):
                 self._wait()
         return self.failed
 
