@@ -48,7 +48,7 @@ def test_study(tiny_dir, tmp_path, capsys):
     (['study', '--device', 'nonsense'], "device 'nonsense'"),
     (['study', '--preset', 'none'], '--preset'),
     (['study', '--ray', '127.0.0.1:1', '--cpus-per-run', '0'], '--cpus-per-run: must be above 0'),
-    (['study', '--ray', '--gpus-per-run', '2'], '--gpus-per-run: must be between 0 and 1'),
+    (['study', '--ray', '--gpus-per-run', '2'], '--gpus-per-run must be above 0 and at most 1'),
     (['study', '--ray', '--device', 'cuda:0'], "device 'cuda:0' cannot be used with Ray"),
     (['study', '--fraction', '2'], '--fraction: must be between 0 and 1'),
     (['attention'], 'FIGURE'),

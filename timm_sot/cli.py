@@ -83,15 +83,15 @@ def _add_study(commands) -> None:
     group.add_argument('--time-limit', type=_number(float, 0), default=float('inf'), metavar='SECONDS',
                        help='stop before it, after a finished epoch')
 
-    group = parser.add_argument_group('where: Ray')
+    group = parser.add_argument_group('past one machine')
     group.add_argument('--ray', nargs='?', const='', metavar='ADDRESS',
-                       help='run each run as a task of Ray: of the cluster at HOST:PORT, or of the one that runs on this '
-                            "machine for 'auto', without an ADDRESS of the one that RAY_ADDRESS names, or else of one "
-                            'that is started on this machine')
+                       help="make each run a task of Ray: of the cluster at HOST:PORT; for 'auto' of the one on this "
+                            'machine; without ADDRESS of the one that RAY_ADDRESS names, or else of one that is '
+                            'started here for the study')
     group.add_argument('--cpus-per-run', type=_number(float, 0, exclusive=True), default=1., metavar='N',
                        help='CPUs and threads of a run (default: 1)')
-    group.add_argument('--gpus-per-run', type=_share, metavar='N',
-                       help='share of a GPU of a run (default: 1 / PARALLEL)')
+    group.add_argument('--gpus-per-run', type=_number(float, 0, exclusive=True), metavar='N',
+                       help='share of a GPU of a run (default: 1 / PARALLEL, on a GPU)')
     parser.set_defaults(run=_study)
 
 

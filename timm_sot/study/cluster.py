@@ -1,9 +1,9 @@
 """ The runs of a study as tasks of Ray, on this machine or on many
 
-Each run is a task with a share of a GPU. The folder of the study belongs to this process alone: a task is given the last
-checkpoint of its run, and streams back its steps, a checkpoint after each epoch, and the result. So the machines need no
-file system in common, and a run whose worker is lost goes on from the last epoch, wherever there is room. An epoch of
-images is a function of seed and epoch alone, so it does not matter where it is made.
+Each run is a task with a share of a GPU. The folder of the study belongs to this process alone: a task is given the
+last checkpoint of its run, and streams back its steps, a checkpoint after each epoch, and the result. So the machines
+need no file system in common, and a run whose worker is lost goes on from the last epoch, wherever there is room. An
+epoch of images is a function of seed and epoch alone, so it does not matter where it is made.
 """
 import logging
 import math
@@ -51,8 +51,10 @@ class Cluster:
 
     def __post_init__(self):
         if self.device not in ('', 'cpu', 'cuda'):
-            raise UserError(f'device {self.device!r} cannot be used with Ray, which itself chooses among GPUs; take cpu or '
-                            f'cuda.')
+            raise UserError(
+                f'device {self.device!r} cannot be used with Ray, which itself chooses among GPUs; take cpu or cuda.')
+        if self.gpus is not None and not 0 < self.gpus <= 1:
+            raise UserError(f'--gpus-per-run must be above 0 and at most 1, got {self.gpus:g}.')
 
     @contextmanager
     def connect(self) -> Iterator[Any]:
@@ -75,15 +77,15 @@ class Cluster:
         try:
             ray.init(address, logging_level=logging.ERROR, log_to_driver=False, **options)
         except (ConnectionError, OSError, RuntimeError, ValueError) as e:
-            token = '' if address == 'local' else '; a cluster that asks for a token needs RAY_AUTH_MODE=token here, too'
-            raise UserError(f'Ray at {address}: {first_line(e)}{token}.') from e
+            hint = '' if address == 'local' else '; where a cluster asks for a token, set RAY_AUTH_MODE=token'
+            raise UserError(f'Ray at {address}: {first_line(e)}{hint}.') from e
         try:
             yield ray
         finally:
             ray.shutdown()
 
 
-@dataclass
+@dataclass(eq=False)
 class Task:
     """A run that is not finished yet."""
     run: Run
@@ -150,11 +152,12 @@ class ClusterSession:
         """
         ray, cpus = self.ray, self.cluster.cpus
         device = self.cluster.device or ('cuda' if ray.cluster_resources().get('GPU') else 'cpu')
-        share = math.floor(1e4 / parallel) / 1e4 if self.cluster.gpus is None else self.cluster.gpus  # Ray keeps 4 digits
+        share = self.cluster.gpus or math.floor(1e4 / parallel) / 1e4  # Ray keeps four digits
         self.needs = {'CPU': cpus, 'GPU': share if device == 'cuda' else 0.}
         if not self._room():
-            raise UserError(f'no machine of the Ray cluster has {self._needs()} for a run; add one that has, or ask for '
-                            f'less with --cpus-per-run, --gpus-per-run or --device cpu.')
+            raise UserError(
+                f'no machine of the Ray cluster has {self._needs()} for a run; add one that has, or ask for less with '
+                f'--cpus-per-run, --gpus-per-run or --device cpu.')
         self.setting.update(
             device=device, threads=max(1, int(cpus)), workers=max(0, int(cpus) - 1) if workers is None else workers)
         # Ray itself would begin a lost task anew, we go on from its last checkpoint
@@ -381,8 +384,8 @@ def check_address(address: str) -> None:
         socket.create_connection((host.strip('[]'), int(port)), CONNECT_SECONDS).close()
     except (OSError, ValueError, OverflowError) as e:
         raise UserError(
-            f'no Ray at {address} ({e}); --ray takes HOST:PORT as `ray start --head` prints it, `auto` for the one that '
-            f'runs on this machine, or nothing to start one.') from e
+            f'no Ray at {address} ({e}); --ray takes HOST:PORT as `ray start --head` prints it, `auto` for the one '
+            f'that runs on this machine, or nothing to start one.') from e
 
 
 def first_line(error: BaseException) -> str:

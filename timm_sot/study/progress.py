@@ -32,8 +32,8 @@ class Progress:
         taken = {line for line, _ in self.bars.values()}
         line = next(line for line in range(1, len(taken) + 2) if line not in taken)
         bar = self.tqdm(
-            total=run.epochs * steps, initial=epoch * steps, unit='step', desc=f'{run.row:{self.width}} seed {run.seed}',
-            position=line, leave=False, disable=None)
+            total=run.epochs * steps, initial=epoch * steps, unit='step',
+            desc=f'{run.row:{self.width}} seed {run.seed}', position=line, leave=False, disable=None)
         self.bars[run.name] = line, bar
 
     def step(self, run: Run, steps: int = 1) -> None:
