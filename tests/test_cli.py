@@ -70,6 +70,9 @@ def test_report_without_an_extra(package, monkeypatch, tmp_path, capsys):
     (['study', '--data-dir', 'no/such/folder'], 'no/such/folder is not a folder'),
     (['study', '--device', 'nonsense'], "device 'nonsense'"),
     (['study', '--preset', 'none'], '--preset'),
+    (['study', '--ray', '127.0.0.1:1', '--cpus-per-run', '0'], '--cpus-per-run: must be above 0'),
+    (['study', '--ray', '--gpus-per-run', '2'], '--gpus-per-run must be above 0 and at most 1'),
+    (['study', '--ray', '--device', 'cuda:0'], "device 'cuda:0' cannot be used with Ray"),
     (['study', '--fraction', '2'], '--fraction: must be between 0 and 1'),
     (['study', 'reports'], "invalid choice: 'reports'"),
     (['study', 'report'], 'required: DIR'),
@@ -127,6 +130,28 @@ def test_grid(monkeypatch):
     assert asked['study'].holdout == 0.1 and asked['recipe'].epochs == 30
     assert main(['study', '--preset', 'candidates', '--holdout', '0']) == 0
     assert asked['study'].holdout == 0.
+
+
+def test_ray(monkeypatch, capsys):
+    """What --ray hands on, and what becomes of a run that fails."""
+    from timm_sot.study.cluster import Cluster
+    from timm_sot.study.runner import RunsFailed
+    from timm_sot.study.store import KEYS
+    asked = []
+    result = dict(zip(KEYS, ['cct_2', {}, 0, 1, 50., 50., [50.], [1.], 1., 'cpu, float32', {}, '', 'tiny']))
+
+    def run_study(study, recipe, device, *args):
+        asked.append((device, args[-1]))
+        raise RunsFailed('1 of 2 runs failed: cct_4', [result])
+
+    monkeypatch.setattr('timm_sot.study.runner.run_study', run_study)
+    assert main(['study', '--ray']) == 2
+    printed = capsys.readouterr()
+    assert 'cct_2' in printed.out and printed.err == 'timm-sot: error: 1 of 2 runs failed: cct_4\n'
+    main(['study', '--ray', 'head:6379', '--device', 'cuda', '--cpus-per-run', '3', '--gpus-per-run', '0.25'])
+    main(['study', '--device', 'cpu'])
+    assert asked == [
+        (None, Cluster()), (None, Cluster('head:6379', 'cuda', 3., 0.25)), (torch.device('cpu'), None)]
 
 
 def test_help(capsys):

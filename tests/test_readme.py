@@ -1,4 +1,6 @@
 """README's code runs, and its commands name what exists."""
+import contextlib
+import io
 import re
 import shlex
 from importlib.metadata import entry_points, requires
@@ -14,6 +16,7 @@ import timm_sot
 from timm_sot.attention import VARIANTS
 from timm_sot.cct import CCT
 from timm_sot.cli import main
+from timm_sot.study.presets import PRESETS
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / 'README.md').read_text()
@@ -82,10 +85,39 @@ def test_other_commands_are_run_by_ci():
         assert f'step bash -c "{block}"\n' in ci, block
 
 
-def test_inline_names_exist():
+@pytest.fixture(scope='module')
+def own_options():
+    found = {}
+    for command in ('study', 'study report', 'attention compare', 'export', 'bench'):
+        with contextlib.redirect_stdout(io.StringIO()) as out:
+            assert main([*command.split(), '--help']) == 0
+        found[command] = set(re.findall(r'--[a-z][a-z-]+', out.getvalue()))
+    return found
+
+
+def test_studies_that_ci_does_not_run(own_options):
+    lines = [shlex.split(line, comments=True) for block in re.findall(r'```text\n(.*?)```', README, re.S)
+             for line in block.splitlines()]
+    assert len(lines) == 5
+    for line in lines:
+        assert line[:2] == ['timm-sot', 'study']
+        command = 'study report' if line[2] == 'report' else 'study'
+        assert {word for word in line if word.startswith('--')} <= own_options[command]
+        assert command == 'study report' or line[line.index('--preset') + 1] in PRESETS
+
+
+def test_results_are_those_of_the_report():
+    section = README.split('## The study')[1].split('\n## ')[0]
+    report = (ROOT / 'hub' / 'study' / 'report.md').read_text()
+    rows = [line for line in section.splitlines() if line.startswith('| `cct_2')]
+    assert len(rows) >= 6
+    for row in rows:
+        assert row in report, row
+
+
+def test_inline_names_exist(own_options):
     options = set(re.findall(r'`(--[\w-]+)', README))
-    own = {'--data-dir', '--image', '--models', '--checkpoint'}
-    assert options <= TRAIN_OPTIONS | VALIDATE_OPTIONS | own
+    assert options <= TRAIN_OPTIONS | VALIDATE_OPTIONS | set().union(*own_options.values())
     for name in re.findall(r'`(cct_\w+)`', README):
         assert timm.is_model(name), name
     for name in re.findall(r'`([\w-]+\.yaml)`', README):
@@ -97,7 +129,7 @@ def test_inline_names_exist():
 def test_extras_and_script_exist():
     extras = set(re.findall(r"pip install '\.\[(\w+)\]'", README))
     extras |= set(re.findall(r"pip install 'timm-sot\[(\w+)\]'", README))
-    assert extras == {'all', 'cpu', 'test', 'viz'}
+    assert extras == {'all', 'cpu', 'ray', 'test', 'viz'}
     assert extras <= {extra for line in requires('timm-sot') for extra in re.findall(r'extra == ["\'](\w+)', line)}
     assert 'timm-sot' in {script.name for script in entry_points(group='console_scripts')}
 

@@ -44,6 +44,16 @@ def numbers(results):
     return [(result['model'], result['seed'], result['top1'], result['loss']) for result in results]
 
 
+def test_a_run_whose_entropy_does_not_fit_is_kept(folder, tmp_path, monkeypatch):
+    def too_much(self):
+        raise torch.OutOfMemoryError('64 TiB')
+
+    monkeypatch.setattr(runner.Trainer, 'attention_entropy', too_much)
+    with pytest.warns(UserWarning, match='cct_2 seed 5: the entropy of its attention is not measured: 64 TiB'):
+        result, = run(folder, tmp_path, rows=ROWS[:1])
+    assert tuple(result) == KEYS
+
+
 def test_models_share_their_initial_values():
     first, row = ('vit_tiny_patch16_224', dict(img_size=32)), ('vit_small_patch16_224', dict(img_size=32))
     state = runner.build_model(first, 10, seed=3).state_dict()

@@ -85,6 +85,16 @@ def _add_study(commands) -> None:
     group.add_argument('--no-graphs', action='store_true', help='train without CUDA graphs')
     group.add_argument('--time-limit', type=_number(float, 0), default=float('inf'), metavar='SECONDS',
                        help='stop before it, after a finished epoch')
+
+    group = parser.add_argument_group('past one machine')
+    group.add_argument('--ray', nargs='?', const='', metavar='ADDRESS',
+                       help="make each run a task of Ray: of the cluster at HOST:PORT; for 'auto' of the one on this "
+                            'machine; without ADDRESS of the one that RAY_ADDRESS names, or else of one that is '
+                            'started here for the study')
+    group.add_argument('--cpus-per-run', type=_number(float, 0, exclusive=True), default=1., metavar='N',
+                       help='CPUs and threads of a run (default: 1)')
+    group.add_argument('--gpus-per-run', type=_number(float, 0, exclusive=True), metavar='N',
+                       help='share of a GPU of a run (default: 1 / PARALLEL, on a GPU)')
     parser.set_defaults(run=_study)
     _add_report(parser.add_subparsers(title='commands', metavar='COMMAND'))
 
@@ -127,7 +137,7 @@ def _study(args: argparse.Namespace) -> int:
 
     from .study.engine import Recipe
     from .study.presets import PRESETS, Study
-    from .study.runner import format_table, resolve_device, run_study
+    from .study.runner import RunsFailed, format_table, resolve_device, run_study
 
     rows, seeds, settings, holdout = PRESETS[args.preset]
     if args.models:
@@ -145,11 +155,24 @@ def _study(args: argparse.Namespace) -> int:
         settings['augment'] = tuple(args.augment)
     holdout = holdout if args.holdout is None else args.holdout
     study = Study(rows, args.seed or seeds, args.data_dir, args.fraction, holdout)
-    results = run_study(
-        study, Recipe(**settings), resolve_device(args.device), args.out, args.parallel, args.workers,
-        not args.no_graphs, args.time_limit)
+    device = cluster = None
+    if args.ray is None:
+        device = resolve_device(args.device)
+    else:
+        from .study.cluster import Cluster
+
+        cluster = Cluster(args.ray, args.device, args.cpus_per_run, args.gpus_per_run)
+    failure = None
+    try:
+        results = run_study(
+            study, Recipe(**settings), device, args.out, args.parallel, args.workers, not args.no_graphs,
+            args.time_limit, cluster)
+    except RunsFailed as e:
+        results, failure = e.results, e
     if results:
         print(format_table(results))
+    if failure:
+        raise failure
     return 0
 
 

@@ -9,4 +9,4 @@ class UserError(Exception):
 
 def missing_extra(error: ImportError, extra: str = 'study') -> UserError:
     """The error to raise where a package of an extra cannot be imported."""
-    return UserError(f"timm-sot {extra} needs the package {error.name}; install it with: pip install 'timm-sot[{extra}]'")
+    return UserError(f"this needs the package {error.name}; install it with: pip install 'timm-sot[{extra}]'")

@@ -7,8 +7,10 @@ import statistics
 import subprocess
 import sys
 import time
+import warnings
 from dataclasses import asdict
-from typing import Any, Dict, List, Optional, Sequence, Tuple
+from functools import partial
+from typing import TYPE_CHECKING, Any, Dict, List, Optional, Sequence, Tuple
 
 import timm
 import torch
@@ -23,9 +25,23 @@ from .data import Images, StudyData, fingerprint, load_data, subset
 from .engine import Recipe, Trainer, set_precision, train_epoch
 from ..errors import UserError, missing_extra
 from .presets import Row, Study
+from .progress import Progress
 from .store import Run, Store
 
-__all__ = ['build_model', 'format_table', 'input_size', 'resolve_device', 'run_study']
+if TYPE_CHECKING:
+    from .cluster import Cluster
+
+__all__ = ['RunsFailed', 'Session', 'build_model', 'format_table', 'input_size', 'resolve_device', 'run_study']
+
+TIME_LIMIT = 'time limit: stopped after a finished epoch, the same command continues'
+
+
+class RunsFailed(UserError):
+    """Some runs of a study failed; `results` has those of the others, as `run_study` returns them."""
+
+    def __init__(self, message: str, results: Sequence[Dict[str, Any]]):
+        super().__init__(message)
+        self.results = results
 
 
 def resolve_device(name: str = '') -> torch.device:
@@ -86,12 +102,13 @@ def initial_state(row: Row, first: Row, num_classes: int, seed: int) -> Dict[str
 def run_study(
         study: Study,
         recipe: Recipe,
-        device: torch.device,
+        device: Optional[torch.device],
         out: str = '',
         parallel: int = 6,
         workers: Optional[int] = None,
         graphs: bool = True,
         time_limit: float = float('inf'),
+        cluster: Optional['Cluster'] = None,
 ) -> List[Dict[str, Any]]:
     """Train every row of a study with every seed.
 
@@ -101,18 +118,22 @@ def run_study(
     Args:
         study: What to train on what.
         recipe: How to train.
-        device: Where to train.
+        device: Where to train; of no account with `cluster`, which says it itself.
         out: Folder to keep results and checkpoints in and to continue from, '' for none.
-        parallel: Runs of one seed that advance together, on a GPU at once.
-        workers: Processes that augment, None for one less than there are cores.
+        parallel: Runs of one seed that advance together, on a GPU at once; with `cluster` runs that share a GPU.
+        workers: Processes that augment, None for one less than there are cores; with `cluster` for each run.
         graphs: Use CUDA graphs on a GPU.
         time_limit: Seconds after which to stop, at the end of an epoch that is expected to be the last in time.
+        cluster: Where to run each run by itself, None for this process.
 
     Returns:
         The results of all finished runs of the study, in the order of its rows and seeds, ready for JSON: `top1`
         (percent) and `loss` are those on the test images after each epoch, `best` and `final` the highest and the last
         top-1, `seconds` the time of training and testing, shared equally by runs that trained at once, `entropy` that
         of the attention at the end, see `Trainer.attention_entropy`.
+
+    Raises:
+        RunsFailed: If runs failed on the cluster, once all others are finished.
     """
     try:
         import tqdm  # noqa: F401
@@ -120,8 +141,8 @@ def run_study(
         raise missing_extra(e) from e
 
     deadline = time.monotonic() + time_limit
-    workers = max(1, (os.cpu_count() or 1) - 1) if workers is None else workers
-    data = subset(load_data(study.data_dir, input_size(study.rows), workers), study.fraction, study.holdout)
+    data = subset(
+        load_data(study.data_dir, input_size(study.rows), augmenters(workers)), study.fraction, study.holdout)
     for row in study.rows:  # all of its errors before the first run
         build_model(row, data.num_classes, 0)
     store = Store(out)
@@ -132,7 +153,7 @@ def run_study(
     first = model, kwargs
 
     runs = [Run(model, kwargs, seed, recipe.epochs) for seed in study.seeds for model, kwargs in study.rows]
-    about = {'device': device_name(device, recipe), 'versions': versions(), 'commit': commit(), 'data': name}
+    failed: List[str] = []
     with contextlib.ExitStack() as stack:
         claimed = [run for run in runs if stack.enter_context(store.claim(run))]  # others are another process's
         done = by_name(store.finished(name))
@@ -141,14 +162,23 @@ def run_study(
         if elsewhere:
             print(f'{elsewhere} runs are left to another process, which works on them', file=sys.stderr)
         if pending:
-            if device.type == 'cuda':
-                stack.enter_context(capturable())
-            set_precision(recipe.precision)
-            session = Session(first, data, recipe, device, store, about, graphs, deadline)
-            stack.enter_context(contextlib.closing(session))
-            session.run(pending, parallel, workers)
+            checkpoints = {run.name: store.load(run, name) for run in pending}
+            progress = Progress(pending, sum(checkpoint['epoch'] for checkpoint in checkpoints.values() if checkpoint))
+            stack.enter_context(contextlib.closing(progress))
+            make = partial(Session, device=device) if cluster is None else cluster.session
+            session = stack.enter_context(make(first, data, name, recipe, store, progress, graphs, deadline))
+            failed = session.run(pending, checkpoints, parallel, workers)
     done = by_name(store.finished(name))
-    return [done[run.name] for run in runs if run.name in done]
+    results = [done[run.name] for run in runs if run.name in done]
+    if failed:
+        raise RunsFailed(f'{len(failed)} of {len(runs)} runs failed, the same command tries them again: '
+                         f'{"; ".join(failed)}', results)
+    return results
+
+
+def augmenters(workers: Optional[int]) -> int:
+    """Number of processes that prepare images, by default one less than there are cores."""
+    return max(1, (os.cpu_count() or 1) - 1) if workers is None else workers
 
 
 def by_name(results: Sequence[Dict[str, Any]]) -> Dict[str, Dict[str, Any]]:
@@ -157,61 +187,81 @@ def by_name(results: Sequence[Dict[str, Any]]) -> Dict[str, Dict[str, Any]]:
 
 
 class Session:
-    """What the pending runs of a study have in common."""
+    """What the pending runs of a study have in common where they train; a context."""
 
     def __init__(
             self,
             first: Row,
             data: StudyData,
+            name: str,
             recipe: Recipe,
-            device: torch.device,
             store: Store,
-            about: Dict[str, Any],
+            progress: Progress,
             graphs: bool,
             deadline: float,
+            device: torch.device,
     ):
+        """Initialize the session.
+
+        Args:
+            first: The row that gives the others their initial values.
+            data: What to train and test on.
+            name: Fingerprint of the data.
+            recipe: How to train.
+            store: Takes checkpoints and results; only `save` and `finish` are called.
+            progress: Is told what happens.
+            graphs: Use CUDA graphs on a GPU.
+            deadline: When to stop, on the clock of `time.monotonic`.
+            device: Where to train.
+        """
         self.first, self.data, self.recipe, self.device = first, data, recipe, device
-        self.store, self.about, self.graphs, self.deadline = store, about, graphs, deadline
+        self.store, self.progress, self.graphs, self.deadline = store, progress, graphs, deadline
+        self.about = {'device': device_name(device, recipe), 'versions': versions(), 'commit': commit(), 'data': name}
         self.epoch = Images(*(torch.zeros_like(tensor, device=device) for tensor in data.train))
         self.test = data.test.to(device)
         self.trainers: Dict[str, Trainer] = {}
-        self.epochs: Optional[Epochs] = None
-        self.bar = None
-        self.bars: List[Any] = []
+        self.stack = contextlib.ExitStack()
 
-    def close(self) -> None:
-        """Stop the workers and close the progress bars."""
-        if self.epochs is not None:
-            self.epochs.close()
-        for bar in [*self.bars, *([self.bar] if self.bar is not None else [])]:
-            bar.close()
-        self.bars = []
+    def __enter__(self) -> 'Session':
+        if self.device.type == 'cuda':
+            self.stack.enter_context(capturable())
+        set_precision(self.recipe.precision)
+        return self
 
-    def run(self, runs: Sequence[Run], parallel: int, workers: int) -> None:
-        """Run all `runs`, at most `parallel` of a seed side by side, or until the deadline."""
-        from tqdm import tqdm
+    def __exit__(self, *exception) -> None:
+        self.stack.close()
 
+    def run(
+            self,
+            runs: Sequence[Run],
+            checkpoints: Dict[str, Optional[Dict[str, Any]]],
+            parallel: int,
+            workers: Optional[int],
+    ) -> List[str]:
+        """Run all `runs` from their checkpoints, at most `parallel` of a seed side by side, or until the deadline.
+
+        Returns:
+            A line for each run that failed, of which there are none here: an error ends the study.
+        """
         runs = sorted(runs, key=lambda run: run.seed)  # stable: rows stay in order
         groups = []
         for run in runs:
             if not groups or groups[-1][0].seed != run.seed or len(groups[-1]) == parallel:
                 groups.append([])
             groups[-1].append(run)
-        checkpoints = {run.name: self.store.load(run, self.about['data']) for run in runs}
         starts = {name: checkpoint['epoch'] if checkpoint else 0 for name, checkpoint in checkpoints.items()}
         plan = [
             (group[0].seed, epoch) for group in groups
             for epoch in range(min(starts[run.name] for run in group), self.recipe.epochs)]
-        self.epochs = Epochs(self.data.train, self.recipe.augment, plan, workers)
+        self.epochs = self.stack.enter_context(
+            contextlib.closing(Epochs(self.data.train, self.recipe.augment, plan, augmenters(workers))))
 
         last = {run.row: i for i, group in enumerate(groups) for run in group}  # group of its last run
-        self.bar = tqdm(
-            total=len(runs) * self.recipe.epochs, initial=sum(starts.values()), desc='study', unit='epoch',
-            mininterval=0.5 if sys.stderr.isatty() else 10.)
         for i, group in enumerate(groups):
             if not self._run_group(group, [checkpoints.pop(run.name) for run in group]):
-                return
+                break
             self.trainers = {row: trainer for row, trainer in self.trainers.items() if last[row] > i}
+        return []
 
     def _run_group(
             self,
@@ -219,11 +269,8 @@ class Session:
             checkpoints: Sequence[Optional[Dict[str, Any]]],
     ) -> bool:
         """Run the runs of a group from where they are to the end; False if the deadline came before it."""
-        from tqdm import tqdm
-
-        width = max(len(run.row) for run in group)
         records, trainers = [], []
-        for i, (run, checkpoint) in enumerate(zip(group, checkpoints)):
+        for run, checkpoint in zip(group, checkpoints):
             trainer = self._trainer(run)
             trainer.reset(initial_state((run.model, run.kwargs), self.first, self.data.num_classes, run.seed))
             if checkpoint is not None:
@@ -231,10 +278,7 @@ class Session:
             trainers.append(trainer)
             records.append({key: checkpoint[key] for key in ('epoch', 'top1', 'loss', 'seconds')} if checkpoint
                            else {'epoch': 0, 'top1': [], 'loss': [], 'seconds': 0.})
-            steps = len(trainer.train_sizes)
-            self.bars.append(tqdm(
-                total=run.epochs * steps, initial=records[-1]['epoch'] * steps, unit='step',
-                desc=f'{run.row:{width}} seed {run.seed}', position=i + 1, leave=False, disable=None))
+            self.progress.begin(run, records[-1]['epoch'], len(trainer.train_sizes))
 
         begin = time.monotonic()
         for epoch in range(min(record['epoch'] for record in records), self.recipe.epochs):
@@ -242,23 +286,20 @@ class Session:
             for mine, made in zip(self.epoch, self.epochs.get(group[0].seed, epoch)):
                 mine.copy_(made)
             results = train_epoch(
-                [trainers[i] for i in active], group[0].seed, epoch, on_step=lambda k: self.bars[active[k]].update())
+                [trainers[i] for i in active], group[0].seed, epoch,
+                on_step=lambda k: self.progress.step(group[active[k]]))
             for i, (top1, loss, seconds) in zip(active, results):
                 record = records[i]
                 record['epoch'] += 1
                 record['top1'].append(round(top1, 4))
                 record['loss'].append(round(loss, 6))
                 record['seconds'] = round(record['seconds'] + seconds, 3)
-                self.bars[i].set_postfix({'top-1': f'{top1:.2f}'})
+                self.progress.epoch(group[i], top1)
                 self._keep(group[i], record, trainers[i])
-            self.bar.update(len(active))
             begin, duration = time.monotonic(), time.monotonic() - begin
             if begin + 1.2 * duration > self.deadline:
-                print('time limit: stopped after a finished epoch, the same command continues', file=sys.stderr)
+                self.progress.write(TIME_LIMIT)
                 return False
-        for bar in self.bars:
-            bar.close()
-        self.bars = []
         return True
 
     def _trainer(self, run: Run) -> Trainer:
@@ -274,14 +315,16 @@ class Session:
             self.store.save(run, {'data': self.about['data'], **record, 'state': trainer.state()})
             return
         top1s = record['top1']
-        self.store.finish(run, {
+        result = {
             'model': run.model, 'kwargs': run.kwargs, 'seed': run.seed, 'epochs': run.epochs,
             'best': max(top1s), 'final': top1s[-1], 'top1': top1s, 'loss': record['loss'],
-            'seconds': record['seconds'], **self.about, 'entropy': trainer.attention_entropy(),
-        }, trainer.model.state_dict())
-        self.bar.write(
-            f'{run.row} seed {run.seed}: top-1 {top1s[-1]:.2f}, best {max(top1s):.2f}, {record["seconds"]:.1f} s',
-            file=sys.stderr)
+            'seconds': record['seconds'], **self.about}
+        try:
+            result['entropy'] = trainer.attention_entropy()
+        except RuntimeError as e:  # out of memory: the weights of all tokens are in it at once
+            warnings.warn(f'{run.row} seed {run.seed}: the entropy of its attention is not measured: {e}')
+        self.store.finish(run, result, trainer.model.state_dict())
+        self.progress.done(run, result)
 
 
 def format_table(results: Sequence[Dict[str, Any]]) -> str:

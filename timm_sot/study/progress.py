@@ -1,0 +1,69 @@
+""" Progress bars: one for a study, and one for each of its runs in progress """
+import sys
+from typing import Any, Dict, Sequence, Tuple
+
+from .store import Run
+
+__all__ = ['Progress']
+
+
+class Progress:
+    """The bars, on stderr; those of runs only on a terminal."""
+
+    def __init__(self, runs: Sequence[Run], epochs: int):
+        """Initialize the bars.
+
+        Args:
+            runs: The runs to come.
+            epochs: How many of their epochs are done.
+        """
+        from tqdm import tqdm
+
+        self.tqdm = tqdm
+        self.width = max(len(run.row) for run in runs)
+        self.study = tqdm(
+            total=sum(run.epochs for run in runs), initial=epochs, desc='study', unit='epoch',
+            mininterval=0.5 if sys.stderr.isatty() else 10.)
+        self.bars: Dict[str, Tuple[int, Any]] = {}  # line and bar of a run
+
+    def begin(self, run: Run, epoch: int, steps: int) -> None:
+        """A run begins, or continues, at an epoch, in epochs of so many steps."""
+        self.leave(run)
+        taken = {line for line, _ in self.bars.values()}
+        line = next(line for line in range(1, len(taken) + 2) if line not in taken)
+        bar = self.tqdm(
+            total=run.epochs * steps, initial=epoch * steps, unit='step',
+            desc=f'{run.row:{self.width}} seed {run.seed}', position=line, leave=False, disable=None)
+        self.bars[run.name] = line, bar
+
+    def step(self, run: Run, steps: int = 1) -> None:
+        """A run has done so many steps more."""
+        self.bars[run.name][1].update(steps)
+
+    def epoch(self, run: Run, top1: float) -> None:
+        """A run has finished an epoch."""
+        self.bars[run.name][1].set_postfix({'top-1': f'{top1:.2f}'})
+        self.study.update()
+
+    def done(self, run: Run, result: Dict[str, Any]) -> None:
+        """A run is finished, with that result."""
+        self.leave(run)
+        self.write(
+            f'{run.row} seed {run.seed}: top-1 {result["final"]:.2f}, best {result["best"]:.2f}, '
+            f'{result["seconds"]:.1f} s')
+
+    def leave(self, run: Run) -> None:
+        """A run is not in progress any more."""
+        if run.name in self.bars:
+            self.bars.pop(run.name)[1].close()
+
+    def write(self, text: str) -> None:
+        """Print a line without breaking the bars."""
+        self.study.write(text, file=sys.stderr)
+
+    def close(self) -> None:
+        """Close all bars."""
+        for _, bar in self.bars.values():
+            bar.close()
+        self.bars = {}
+        self.study.close()
