@@ -58,6 +58,7 @@ CANDIDATES: Dict[str, Candidate] = {
     **_with_control('plan_contrast', 'differences from the mean of the tokens scaled, from cosines', 'cosine_contrast',
                     contrast=True),
     **_with_control('plan_mass', 'each head has a mass of its own, from cosines', 'cosine_mass', factor=20., mass=16.),
+    **_with_control('plan_mass_4', "as plan_mass, from a smaller mass and plan's factor", 'cosine_mass_4', mass=4.),
     'bias': Candidate("row 4's SOT matrix as a bias on the scores of softmax", 'softmax', scores='dot', factor=1.,
                       weights='bias'),
 }
