@@ -33,11 +33,9 @@ INFINITY = np.float32(math.inf)
 MASKED = np.float32(-1e30)  # a logarithm of 0 that differences do not turn into NaN
 LOG2_E, LN_2 = np.float32(math.log2(math.e)), np.float32(math.log(2))
 
-# The scaling form carries a problem whose kernel and scaling vectors stay in these ranges (logarithms to base 2): the
-# products of three, with a gradient from 1e-20 to 1e20, stay in that of float32, and what a sum loses below it does not
-# count.
-MAX_SPREAD = np.float32(60.)
-LEAST_SCALING, MOST_SCALING = np.float32(2. ** -40), np.float32(2. ** 40)
+# The scaling form carries a problem as long as its scaling vectors stay in this range: then what the kernel loses, below
+# 2^-126, is less than 2^-66 of a plan, and products with a gradient of 1e-19 to 1e19 stay in the range of float32.
+LEAST_SCALING, MOST_SCALING = np.float32(2. ** -30), np.float32(2. ** 30)
 
 
 def _jit(**kwargs):
@@ -535,11 +533,11 @@ def _iterate_backward_log(kernel, a, b, b_before, grad_a, grad_b, grad, sums, N,
 
 @_reordered
 def _subtract_product(grad, kernel, factors, out, N):
-    """grad - kernel * factors; where the kernel is 0, the factors may be anything."""
+    """grad - kernel * factors."""
     for i in range(N):
         g, k, f, o = grad[i], kernel[i], factors[i], out[i]
         for j in range(o.size):
-            o[j] = g[j] - (k[j] * f[j] if k[j] > ZERO else ZERO)
+            o[j] = g[j] - k[j] * f[j]
 
 
 @_fast
@@ -807,12 +805,7 @@ def _has_plan(log_kernel, column_counts, N, M):
 
 @_fast
 def _log2_kernel(log_kernel, kernel, row_largest, N, M):
-    """The log-kernel to base 2 without the largest entry of each row, -inf in the padded columns.
-
-    Returns:
-        How far its finite entries reach below 0.
-    """
-    lowest = ZERO
+    """The log-kernel to base 2 without the largest entry of each row, -inf in the padded columns."""
     for i in range(N):
         source, target = log_kernel[i], kernel[i]
         largest = -INFINITY
@@ -820,12 +813,9 @@ def _log2_kernel(log_kernel, kernel, row_largest, N, M):
             largest = max(largest, source[j])
         row_largest[i] = largest
         for j in range(M):
-            entry = (source[j] - largest) * LOG2_E
-            target[j] = entry
-            lowest = min(lowest, entry if entry > -INFINITY else ZERO)
+            target[j] = (source[j] - largest) * LOG2_E
         for j in range(M, target.size):
             target[j] = -INFINITY
-    return -lowest
 
 
 @_fast
@@ -863,24 +853,25 @@ def _run(
     keep = rows.shape[0] > 0
     if not _has_plan(log_kernel, sums, N, M):
         return NO_PLAN
-    if _log2_kernel(log_kernel, kernel, row_largest, N, M) <= MAX_SPREAD:
-        _to_kernel(kernel, N)
-        _fill(b[:M], ONE)
+    _log2_kernel(log_kernel, kernel, row_largest, N, M)
+    _to_kernel(kernel, N)
+    _fill(b[:M], ONE)
+    if keep:
+        _copy(b, columns[0])
+    carried = True
+    for t in range(iters):
+        _iterate(kernel, a, b, sums, N, M, ONE, column_mass)
+        carried = (
+            _all_between(a[:N], LEAST_SCALING, MOST_SCALING) and _all_between(b[:M], LEAST_SCALING, MOST_SCALING))
+        if not carried:
+            break
         if keep:
-            _copy(b, columns[0])
-        carried = True
-        for t in range(iters):
-            _iterate(kernel, a, b, sums, N, M, ONE, column_mass)
-            carried &= (
-                _all_between(a[:N], LEAST_SCALING, MOST_SCALING) and _all_between(b[:M], LEAST_SCALING, MOST_SCALING))
-            if not carried:
-                break
-            if keep:
-                _copy(a, rows[t])
-                _copy(b, columns[t + 1])
-        if carried:
-            return SCALING
-        _log2_kernel(log_kernel, kernel, row_largest, N, M)
+            _copy(a, rows[t])
+            _copy(b, columns[t + 1])
+    if carried:
+        return SCALING
+
+    _log2_kernel(log_kernel, kernel, row_largest, N, M)
     _fill(b[:M], ZERO)
     if keep:
         _copy(b, columns[0])
