@@ -7,21 +7,14 @@ the weights that softmax attention keeps, and the scaling vectors.
 The formulas are those of `onchip`; distances and their gradients are sums of differences, so they are exact for points
 that are close to each other and far from the origin.
 """
-import functools
-import importlib.util
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Callable, Optional, Tuple
+from typing import Any, Optional, Tuple
 
 import torch
 
-__all__ = [
-    'MAX_TOKENS',
-    'available',
-    'sot_attention_forward',
-    'sot_attention_forward_fake',
-    'sot_attention_backward',
-    'sot_attention_backward_fake',
-]
+from .operands import dropout_numbers, empty_heads
+from .threads import share_out
+
+__all__ = ['MAX_TOKENS', 'empty_saved', 'sot_attention_forward', 'sot_attention_backward']
 
 # The matrices of one problem leave the cache long before, and the distance to softmax attention grows from 1.3 to 2
 # times its time; but this is the largest size that was measured.
@@ -32,12 +25,6 @@ MAX_KEPT_ITERS = 16
 
 # As in `onchip`: below, the scaling vectors would leave the range of float32.
 SCALING_MIN_REG = 0.05
-
-
-@functools.lru_cache(maxsize=None)
-def available() -> bool:
-    """Whether numba is installed."""
-    return importlib.util.find_spec('numba') is not None
 
 
 def _padded(n: int) -> int:
@@ -53,16 +40,11 @@ def _flat(x: torch.Tensor) -> Tuple[Any, Tuple[int, int, int]]:
     return x.as_strided((extent,), (1,)).numpy(), x.stride()[:3]
 
 
-def _empty_saved(q: torch.Tensor, iters: int) -> torch.Tensor:
+def empty_saved(q: torch.Tensor, iters: int) -> torch.Tensor:
+    """Room for what `sot_attention_forward` keeps."""
     B, H, N, _ = q.shape
     vectors = 2 * iters if iters <= MAX_KEPT_ITERS else 0
     return q.new_empty(B * H, N + 1 + vectors, _padded(N), dtype=torch.float32)
-
-
-def _empty(q: torch.Tensor, dtype: Optional[torch.dtype] = None) -> torch.Tensor:
-    """(B, H, N, D) stored as (B, N, H, D), so that merging the heads afterwards moves nothing."""
-    B, H, N, D = q.shape
-    return q.new_empty(B, N, H, D, dtype=dtype).transpose(1, 2)
 
 
 def _numbers(
@@ -79,32 +61,21 @@ def _numbers(
     import numpy as np
 
     N, D = q.shape[-2:]
-    drop_below = np.uint32(min(int(dropout_p * 2 ** 32), 2 ** 32 - 1))
-    keep_factor = np.float32(1. / (1. - dropout_p) if dropout_p < 1. else 0.)
+    drop_below, keep_factor = dropout_numbers(dropout_p)
     return (
-        N, D, iters, np.float32(reg), np.float32(scale), drop_below, keep_factor,
+        N, D, iters, np.float32(reg), np.float32(scale), np.uint32(drop_below), np.float32(keep_factor),
         operand == 'q', operand == 'qkt', distance == 'cosine', softmax, reg < SCALING_MIN_REG,
         iters <= MAX_KEPT_ITERS, dropout_p > 0.)
 
 
+def _work(q: torch.Tensor, iters: int) -> int:
+    """Multiplications of a problem in the forward pass; in the backward pass there are about twice as many."""
+    N, D = q.shape[-2:]
+    return 2 * N * N * (D + iters)
+
+
 def _seed(seed: Optional[torch.Tensor]) -> Any:
     return (torch.zeros(1, dtype=torch.int64) if seed is None else seed.detach().reshape(1)).numpy()
-
-
-def _share_out(loops: Callable[..., None], problems: int, *args: Any) -> None:
-    """Call loops(first, last, *args) for parts of the problems, in as many threads as torch uses.
-
-    Not numba's own threads: those abort the process when two threads of Python arrive at once, or after a fork.
-    """
-    threads = min(torch.get_num_threads(), problems)
-    if threads <= 1:
-        return loops(0, problems, *args)
-    bounds = [problems * t // threads for t in range(threads + 1)]
-    with ThreadPoolExecutor(threads - 1) as pool:
-        others = [pool.submit(loops, *part, *args) for part in zip(bounds[1:], bounds[2:])]
-        loops(bounds[0], bounds[1], *args)
-    for other in others:
-        other.result()
 
 
 def sot_attention_forward(
@@ -127,15 +98,15 @@ def sot_attention_forward(
         costs, their row maxima, and the scaling vectors of all iterations unless they are too many: their logarithms
         to base 2 where reg < SCALING_MIN_REG.
     """
-    from .cpu_loops import forward
+    from .cpu_loops import attention_forward
 
     B, H = q.shape[:2]
-    out = _empty(q, torch.float32)
-    saved = _empty_saved(q, iters)
+    out = empty_heads(q, torch.float32)
+    saved = empty_saved(q, iters)
     numbers = _numbers(q, operand, softmax, reg, iters, scale, dropout_p, distance)
-    _share_out(
-        forward, B * H, H, *_flat(q), *_flat(q if operand == 'q' else k), *_flat(v), *_flat(out), saved.numpy(),
-        _seed(seed), *numbers)
+    share_out(
+        attention_forward, B * H, _work(q, iters),
+        H, *_flat(q), *_flat(q if operand == 'q' else k), *_flat(v), *_flat(out), saved.numpy(), _seed(seed), *numbers)
     return out.to(q.dtype), saved
 
 
@@ -155,50 +126,15 @@ def sot_attention_backward(
         distance: str = 'euclidean',
 ) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of `sot_attention_forward` for q, k and v, in their dtype; that of k has no elements for operand 'q'."""
-    from .cpu_loops import backward
+    from .cpu_loops import attention_backward
 
     B, H = q.shape[:2]
     own = operand == 'q'
-    grad_q, grad_v = _empty(q, torch.float32), _empty(q, torch.float32)
-    grad_k = grad_q if own else _empty(q, torch.float32)
+    grad_q, grad_v = empty_heads(q, torch.float32), empty_heads(q, torch.float32)
+    grad_k = grad_q if own else empty_heads(q, torch.float32)
     numbers = _numbers(q, operand, softmax, reg, iters, scale, dropout_p, distance)
-    _share_out(
-        backward, B * H, H, *_flat(q), *_flat(q if own else k), *_flat(v), *_flat(grad_out), saved.detach().numpy(),
-        _seed(seed), _flat(grad_q)[0], _flat(grad_k)[0], *_flat(grad_v), *numbers)
+    share_out(
+        attention_backward, B * H, 2 * _work(q, iters),
+        H, *_flat(q), *_flat(q if own else k), *_flat(v), *_flat(grad_out), saved.detach().numpy(), _seed(seed),
+        _flat(grad_q)[0], _flat(grad_k)[0], *_flat(grad_v), *numbers)
     return grad_q.to(q.dtype), q.new_empty(0) if own else grad_k.to(q.dtype), grad_v.to(q.dtype)
-
-
-def sot_attention_forward_fake(
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        operand: str,
-        softmax: bool,
-        reg: float,
-        iters: int,
-        scale: float,
-        dropout_p: float = 0.,
-        seed: Optional[torch.Tensor] = None,
-        distance: str = 'euclidean',
-) -> Tuple[torch.Tensor, torch.Tensor]:
-    """Shapes, strides and dtypes of what `sot_attention_forward` returns."""
-    return _empty(q), _empty_saved(q, iters)
-
-
-def sot_attention_backward_fake(
-        grad_out: torch.Tensor,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        saved: torch.Tensor,
-        operand: str,
-        softmax: bool,
-        reg: float,
-        iters: int,
-        scale: float,
-        dropout_p: float = 0.,
-        seed: Optional[torch.Tensor] = None,
-        distance: str = 'euclidean',
-) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Shapes, strides and dtypes of what `sot_attention_backward` returns."""
-    return _empty(q), q.new_empty(0) if operand == 'q' else _empty(q), _empty(q)

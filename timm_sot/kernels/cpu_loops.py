@@ -1,10 +1,12 @@
-""" The loops of `cpu`, compiled by numba: one problem after another, every matrix of a problem in cache
+""" The loops of `cpu` and `sinkhorn`, compiled by numba: one problem after another, every matrix of a problem in cache
 
 Importing this module needs numba. The first call compiles (seconds) and numba keeps the result next to this file or in
-the user's cache folder; where neither is writable, every process compiles anew.
+the user's cache folder; where neither is writable, every process compiles anew. What numba keeps it takes to be of this
+version as long as this file is unchanged: what is compiled into the loops has to stand in here too.
 
 Matrices of a problem are scratch arrays padded with zeros to a multiple of 16 in both directions, which is what the
-tiles below read and write. `N` counts points, `R` and `W` are N and the width padded.
+tiles below read and write. Of attention, `N` counts points, `R` and `W` are N and the width padded; a log-kernel is
+N x M, padded to R x W.
 """
 import math
 
@@ -16,7 +18,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-__all__ = ['forward', 'backward']
+__all__ = ['attention_forward', 'attention_backward', 'sinkhorn_forward', 'sinkhorn_backward']
 
 LANES = 16
 # A tile of this size is accumulated in registers, which are 32 with AVX-512 and half as many and as wide with AVX2.
@@ -27,8 +29,14 @@ else:
     TILE_COLUMNS = dict(dot=16, distance=16, pull=16)
 
 ZERO, HALF, ONE = np.float32(0.), np.float32(0.5), np.float32(1.)
+INFINITY = np.float32(math.inf)
 MASKED = np.float32(-1e30)  # a logarithm of 0 that differences do not turn into NaN
-LOG2_E = math.log2(math.e)
+LOG2_E, LN_2 = np.float32(math.log2(math.e)), np.float32(math.log(2))
+
+# The scaling form carries a log-kernel as long as the scaling vectors of its columns stay in this range; those of the
+# rows then do too, as the largest entry of a row is 1. What the kernel loses, below 2^-126, is less than 2^-66 of a
+# plan, and products with a gradient of 1e-19 to 1e19 stay in the range of float32.
+LEAST_SCALING, MOST_SCALING = np.float32(2. ** -30), np.float32(2. ** 30)
 
 
 def _jit(**kwargs):
@@ -50,7 +58,10 @@ def _kept(**kwargs):
     return decorate
 
 
-# Sums may be taken in any order. NaNs are not expected by the comparisons, and pass through the arithmetic.
+# Sums may be taken in any order.
+_reordered = _jit(fastmath={'reassoc', 'contract', 'nsz', 'arcp'}, error_model='numpy')
+
+# Comparisons, too, do not expect NaNs: not for what may hold them.
 _fast = _jit(fastmath={'reassoc', 'contract', 'nsz', 'arcp', 'nnan'}, error_model='numpy')
 
 
@@ -343,10 +354,9 @@ def _costs(x, y_transposed, scratch, costs, N, D, cosine):
 @_fast
 def _kernel(costs, kernel, N, reg, log):
     """Kernel matrix, or its logarithm to base 2, with masked diagonal; the row maxima of the costs divide them."""
-    log2_e = np.float32(LOG2_E)
     for i in range(N):
         source, target = costs[i], kernel[i]
-        factor = -log2_e / reg * _inverse(costs[N, i])
+        factor = -LOG2_E / reg * _inverse(costs[N, i])
         if log:
             for j in range(source.size):
                 target[j] = source[j] * factor
@@ -360,7 +370,7 @@ def _kernel(costs, kernel, N, reg, log):
             target[i] = masked
 
 
-@_fast
+@_reordered
 def _products(kernel, x, i):
     """kernel[i:i+4] @ x: of several rows at once, the sums do not wait for each other."""
     r0, r1, r2, r3 = kernel[i], kernel[i + 1], kernel[i + 2], kernel[i + 3]
@@ -373,7 +383,7 @@ def _products(kernel, x, i):
     return p0, p1, p2, p3
 
 
-@_fast
+@_reordered
 def _add_rows(kernel, x, i, sums):
     """sums += x[i:i+4] @ kernel[i:i+4]."""
     r0, r1, r2, r3 = kernel[i], kernel[i + 1], kernel[i + 2], kernel[i + 3]
@@ -383,24 +393,22 @@ def _add_rows(kernel, x, i, sums):
 
 
 @_fast
-def _iterate(kernel, a, b, sums, N):
+def _iterate(kernel, a, b, sums, N, M, row_mass, column_mass):
     """One iteration in the scaling form a = r / (K b), b = c / (K^T a), in one pass over the matrix."""
-    mass = ONE / np.float32(N)
     _fill(sums, ZERO)
     for i in range(0, N, 4):
         p0, p1, p2, p3 = _products(kernel, b, i)
         # rows of the padding are 0, and have 0
         a[i], a[i + 1], a[i + 2], a[i + 3] = (
-            mass * _inverse(p0), mass * _inverse(p1), mass * _inverse(p2), mass * _inverse(p3))
+            row_mass * _inverse(p0), row_mass * _inverse(p1), row_mass * _inverse(p2), row_mass * _inverse(p3))
         _add_rows(kernel, a, i, sums)
-    for j in range(N):
-        b[j] = mass / sums[j]
+    for j in range(M):
+        b[j] = column_mass / sums[j]
 
 
 @_fast
-def _iterate_log(kernel, a, b, sums, terms, N):
+def _iterate_log(kernel, a, b, sums, terms, N, M, log2_row_mass, log2_column_mass):
     """One iteration on the logarithms, with one exponential per entry: the column sums reuse those of the row sums."""
-    log2_mass = np.float32(-math.log2(N))
     _fill(sums, ZERO)
     for i in range(N):
         row = kernel[i]
@@ -412,13 +420,13 @@ def _iterate_log(kernel, a, b, sums, terms, N):
         for j in range(row.size):
             terms[j] = _exp2(terms[j] - largest)
             total += terms[j]
-        a[i] = log2_mass - largest - np.float32(math.log2(total))
+        a[i] = log2_row_mass - largest - np.float32(math.log2(total))
         inverse = ONE / total
         for j in range(row.size):
             sums[j] += terms[j] * inverse
-    for j in range(N):
+    for j in range(M):
         if sums[j] > np.float32(1e-25):
-            b[j] -= np.float32(math.log2(sums[j]))
+            b[j] += log2_column_mass - log2_row_mass - np.float32(math.log2(sums[j]))
             continue
         # all terms were lost against those of other columns
         largest = MASKED
@@ -427,7 +435,7 @@ def _iterate_log(kernel, a, b, sums, terms, N):
         total = ZERO
         for i in range(N):
             total += _exp2(kernel[i, j] + a[i] - largest)
-        b[j] = log2_mass - largest - np.float32(math.log2(total))
+        b[j] = log2_column_mass - largest - np.float32(math.log2(total))
 
 
 @_fast
@@ -454,7 +462,7 @@ def _sot(kernel, a, b, sot, largests, N, log):
 @_fast
 def _weights(sot, inverse_largest, weights, N, scale, softmax):
     """Attention weights, 0 in the padded columns."""
-    factor = scale * np.float32(LOG2_E)
+    factor = scale * LOG2_E
     for i in range(N):
         source, target = sot[i], weights[i]
         if softmax:
@@ -476,44 +484,45 @@ def _weights(sot, inverse_largest, weights, N, scale, softmax):
             target[i] = scale
 
 
-@_fast
+@_reordered
 def _iterate_backward(
-        kernel, a, b, b_before, grad_a, grad_b, row_factor_b, row_factor_a, column_factor_b, column_factor_a, sums, N):
+        kernel, a, b, b_before, grad_a, grad_b, row_factor_b, row_factor_a, column_factor_b, column_factor_a, sums,
+        N, row_mass, column_mass):
     """Gradients of the scaling vectors' logarithms through one iteration.
 
     On entry `grad_a`, `grad_b` are those of log a, log b, on return 0 and that of log b before. The iteration's part of
     the gradient of the log-kernel is -K times the sum of the two products of a row and a column factor.
     """
-    count = np.float32(N)
+    per_row, per_column = ONE / row_mass, ONE / column_mass
     for j in range(grad_b.size):
-        column_factor_b[j] = count * grad_b[j] * b[j]
+        column_factor_b[j] = per_column * grad_b[j] * b[j]
         column_factor_a[j] = b_before[j]
     _fill(sums, ZERO)
     for i in range(0, N, 4):
         products = _products(kernel, column_factor_b, i)
         for k in range(4):
             row_factor_b[i + k] = a[i + k]
-            row_factor_a[i + k] = count * (grad_a[i + k] - a[i + k] * products[k]) * a[i + k]
+            row_factor_a[i + k] = per_row * (grad_a[i + k] - a[i + k] * products[k]) * a[i + k]
             grad_a[i + k] = ZERO
         _add_rows(kernel, row_factor_a, i, sums)
     for j in range(grad_b.size):
         grad_b[j] = -b_before[j] * sums[j]
 
 
-@_fast
-def _iterate_backward_log(kernel, a, b, b_before, grad_a, grad_b, grad, sums, N):
+@_reordered
+def _iterate_backward_log(kernel, a, b, b_before, grad_a, grad_b, grad, sums, N, row_mass, column_mass):
     """The same for the logarithms; the part of the gradient of the log-kernel is added to `grad`."""
-    count = np.float32(N)
+    per_row, per_column = ONE / row_mass, ONE / column_mass
     _fill(sums, ZERO)
     for i in range(N):
         row, target = kernel[i], grad[i]
         a_i = a[i]
         product = ZERO
         for j in range(row.size):
-            step = _exp2(row[j] + a_i + b[j]) * (count * grad_b[j])
+            step = _exp2(row[j] + a_i + b[j]) * (per_column * grad_b[j])
             target[j] -= step
             product += step
-        factor = count * (grad_a[i] - product)
+        factor = per_row * (grad_a[i] - product)
         grad_a[i] = ZERO
         for j in range(row.size):
             step = _exp2(row[j] + a_i + b_before[j]) * factor
@@ -523,12 +532,13 @@ def _iterate_backward_log(kernel, a, b, b_before, grad_a, grad_b, grad, sums, N)
         grad_b[j] = -sums[j]
 
 
-@_fast
-def _subtract_product(out, x, y, N):
+@_reordered
+def _subtract_product(grad, kernel, factors, out, N):
+    """grad - kernel * factors."""
     for i in range(N):
-        o, p, q = out[i], x[i], y[i]
+        g, k, f, o = grad[i], kernel[i], factors[i], out[i]
         for j in range(o.size):
-            o[j] -= p[j] * q[j]
+            o[j] = g[j] - k[j] * f[j]
 
 
 @_fast
@@ -606,7 +616,7 @@ def _load_points(flat, start, stride, x, transposed, N, D, through_transpose):
 
 
 @_kept(error_model='numpy')
-def forward(
+def attention_forward(
         first, last, heads, q, q_strides, k, k_strides, v, v_strides, out, out_strides, saved, seed,
         N, D, iters, reg, scale, drop_below, keep_factor, own, through_transpose, cosine, softmax, log, keep, dropout):
     """Problems `first` to `last` of `cpu.sot_attention_forward`."""
@@ -617,6 +627,7 @@ def forward(
     kernel, sot, weights = _matrix(R, R), _matrix(R, R), _matrix(R, R)
     a, b, sums, terms, inverse_norms, factor = _vector(R), _vector(R), _vector(R), _vector(R), _vector(R), _vector(R)
     start_b = ZERO if log else ONE
+    mass, log2_mass = ONE / np.float32(N), np.float32(-math.log2(N))
     for problem in range(first, last):
         batch, head = problem // heads, problem % heads
         costs = saved[problem]  # N rows of costs, their maxima, then the scaling vectors
@@ -641,9 +652,9 @@ def forward(
         _fill(b[:N], start_b)
         for t in range(iters):
             if log:
-                _iterate_log(kernel, a, b, sums, terms, N)
+                _iterate_log(kernel, a, b, sums, terms, N, N, log2_mass, log2_mass)
             else:
-                _iterate(kernel, a, b, sums, N)
+                _iterate(kernel, a, b, sums, N, N, mass, mass)
             if keep:
                 _copy(a, costs[N + 1 + 2 * t])
                 _copy(b, costs[N + 2 + 2 * t])
@@ -660,7 +671,7 @@ def forward(
 
 
 @_kept(error_model='numpy')
-def backward(
+def attention_backward(
         first, last, heads, q, q_strides, k, k_strides, v, v_strides, grad_out, grad_out_strides, saved, seed,
         grad_q, grad_k, grad_v, grad_strides,
         N, D, iters, reg, scale, drop_below, keep_factor, own, through_transpose, cosine, softmax, log, keep, dropout):
@@ -674,6 +685,7 @@ def backward(
     a, b, grad_a, grad_b, sums, factor = _vector(R), _vector(R), _vector(R), _vector(R), _vector(R), _vector(R)
     inverse_norms, other_inverse_norms = _vector(R), _vector(R)
     start_b = ZERO if log else ONE
+    mass, log2_mass = ONE / np.float32(N), np.float32(-math.log2(N))
     for problem in range(first, last):
         batch, head = problem // heads, problem % heads
         grad_start = batch * grad_strides[0] + head * grad_strides[1]
@@ -689,9 +701,9 @@ def backward(
                 _copy(costs[N + 2 + 2 * t], columns[t + 1])
             else:
                 if log:
-                    _iterate_log(kernel, a, b, sums, factor, N)
+                    _iterate_log(kernel, a, b, sums, factor, N, N, log2_mass, log2_mass)
                 else:
-                    _iterate(kernel, a, b, sums, N)
+                    _iterate(kernel, a, b, sums, N, N, mass, mass)
                 _copy(a, rows[t])
                 _copy(b, columns[t + 1])
         largest = _sot(kernel, rows[iters - 1], columns[iters], sot, sums, N, log)
@@ -716,15 +728,15 @@ def backward(
         for t in range(iters - 1, -1, -1):
             if log:
                 _iterate_backward_log(
-                    kernel, rows[t], columns[t + 1], columns[t], grad_a, grad_b, grad, sums, N)
+                    kernel, rows[t], columns[t + 1], columns[t], grad_a, grad_b, grad, sums, N, mass, mass)
             else:
                 _iterate_backward(
                     kernel, rows[t], columns[t + 1], columns[t], grad_a, grad_b,
                     row_factors[2 * t], row_factors[2 * t + 1], column_factors[2 * t], column_factors[2 * t + 1],
-                    sums, N)
+                    sums, N, mass, mass)
         if not log:
             _dot(row_factors.T, column_factors, scratch, R, R, 2 * iters)
-            _subtract_product(grad, kernel, scratch, N)
+            _subtract_product(grad, kernel, scratch, grad, N)
         _costs_backward(costs, grad, N, reg, cosine)
 
         _load(q, batch * q_strides[0] + head * q_strides[1], q_strides[2], x, N, D)
@@ -755,3 +767,181 @@ def backward(
         else:
             _store(other, grad_k, grad_start, grad_strides[2], N, D)
         _store(result, grad_q, grad_start, grad_strides[2], N, D)
+
+
+# The iterations on a log-kernel by themselves
+
+NO_PLAN, SCALING, LOG = 0, 1, 2  # how a problem runs
+
+
+@_jit()
+def _all_between(x, low, high):
+    """Whether all are between the two; NaN is not."""
+    outside = 0
+    for j in range(x.size):
+        outside += 0 if low < x[j] < high else 1
+    return outside == 0
+
+
+@_jit()
+def _has_plan(log_kernel, column_counts, N, M):
+    """Whether every row and column has a finite entry, and none is NaN or inf.
+
+    To be asked first: where comparisons do not expect NaNs, the compiler takes it that there are none at all.
+    """
+    wrong = 0
+    _fill(column_counts, ZERO)
+    for i in range(N):
+        row = log_kernel[i]
+        count = 0
+        for j in range(M):
+            wrong += 0 if row[j] < INFINITY else 1
+            count += 1 if row[j] > -INFINITY else 0
+            column_counts[j] += ONE if row[j] > -INFINITY else ZERO
+        wrong += 0 if count > 0 else 1
+    for j in range(M):
+        wrong += 0 if column_counts[j] > ZERO else 1
+    return wrong == 0
+
+
+@_fast
+def _log2_kernel(log_kernel, kernel, row_largest, N, M):
+    """The log-kernel to base 2 without the largest entry of each row, -inf in the padded columns."""
+    for i in range(N):
+        source, target = log_kernel[i], kernel[i]
+        largest = -INFINITY
+        for j in range(M):
+            largest = max(largest, source[j])
+        row_largest[i] = largest
+        for j in range(M):
+            target[j] = (source[j] - largest) * LOG2_E
+        for j in range(M, target.size):
+            target[j] = -INFINITY
+
+
+@_fast
+def _to_kernel(kernel, N):
+    """Exponentials to base 2, in place."""
+    for i in range(N):
+        row = kernel[i]
+        for j in range(row.size):
+            row[j] = _exp2(row[j])
+
+
+@_reordered
+def _sums(x, of_rows, of_columns, N, M):
+    """Row and column sums of an N x M matrix."""
+    _fill(of_columns, ZERO)
+    for i in range(N):
+        row = x[i]
+        total = ZERO
+        for j in range(M):
+            total += row[j]
+            of_columns[j] += row[j]
+        of_rows[i] = total
+
+
+@_jit()
+def _run(
+        log_kernel, kernel, row_largest, a, b, sums, terms, rows, columns,
+        iters, N, M, column_mass, log2_column_mass):
+    """All iterations with a row mass of 1; `rows` and `columns` take what each ends with, if they have room.
+
+    Returns:
+        The form in which they ran, with its kernel and scaling vectors in `kernel`, `a` and `b`: SCALING, or LOG where
+        that does not carry the problem. NO_PLAN has none.
+    """
+    keep = rows.shape[0] > 0
+    if not _has_plan(log_kernel, sums, N, M):
+        return NO_PLAN
+    _log2_kernel(log_kernel, kernel, row_largest, N, M)
+    _to_kernel(kernel, N)
+    _fill(b[:M], ONE)
+    if keep:
+        _copy(b, columns[0])
+    carried = True
+    for t in range(iters):
+        _iterate(kernel, a, b, sums, N, M, ONE, column_mass)
+        carried = _all_between(b[:M], LEAST_SCALING, MOST_SCALING)
+        if not carried:
+            break
+        if keep:
+            _copy(a, rows[t])
+            _copy(b, columns[t + 1])
+    if carried:
+        return SCALING
+
+    _log2_kernel(log_kernel, kernel, row_largest, N, M)
+    _fill(b[:M], ZERO)
+    if keep:
+        _copy(b, columns[0])
+    for t in range(iters):
+        _iterate_log(kernel, a, b, sums, terms, N, M, ZERO, log2_column_mass)
+        if keep:
+            _copy(a, rows[t])
+            _copy(b, columns[t + 1])
+    return LOG
+
+
+@_kept(error_model='numpy')
+def sinkhorn_forward(first, last, log_kernels, out, iters, log_r, log_c):
+    """Problems `first` to `last` of `sinkhorn.sinkhorn`; where there is no plan, NaN."""
+    N, M = log_kernels.shape[1:]
+    R, W = _padded(N), _padded(M)
+    column_mass, log2_column_mass = np.float32(math.exp(log_c - log_r)), np.float32(log_c - log_r) * LOG2_E
+    kernel, nothing = _matrix(R, W), _matrix(0, 0)
+    row_largest, a, b, sums, terms = _vector(R), _vector(R), _vector(W), _vector(W), _vector(W)
+    for problem in range(first, last):
+        log_kernel, log_plan = log_kernels[problem], out[problem]
+        form = _run(
+            log_kernel, kernel, row_largest, a, b, sums, terms, nothing, nothing,
+            iters, N, M, column_mass, log2_column_mass)
+        for j in range(M):
+            terms[j] = math.log(b[j]) if form == SCALING else b[j] * LN_2
+        for i in range(N):
+            source, target = log_kernel[i], log_plan[i]
+            if form == NO_PLAN:
+                _fill(target, np.float32(math.nan))
+                continue
+            u = (math.log(a[i]) if form == SCALING else a[i] * LN_2) - row_largest[i] + np.float32(log_r)
+            for j in range(M):
+                target[j] = source[j] + u + terms[j]
+
+
+@_kept(error_model='numpy')
+def sinkhorn_backward(first, last, grads, log_kernels, out, iters, log_r, log_c):
+    """Problems `first` to `last` of `sinkhorn.sinkhorn_backward`; where there is no plan, NaN."""
+    N, M = log_kernels.shape[1:]
+    R, W = _padded(N), _padded(M)
+    column_mass, log2_column_mass = np.float32(math.exp(log_c - log_r)), np.float32(log_c - log_r) * LOG2_E
+    kernel, scratch = _matrix(R, W), _matrix(R, W)
+    row_factors, column_factors = _matrix(2 * iters, R), _matrix(2 * iters, W)
+    rows, columns = _matrix(iters, R), _matrix(iters + 1, W)
+    row_largest, a, grad_a = _vector(R), _vector(R), _vector(R)
+    b, grad_b, sums, terms = _vector(W), _vector(W), _vector(W), _vector(W)
+    for problem in range(first, last):
+        grad, grad_log_kernel = grads[problem], out[problem]
+        form = _run(
+            log_kernels[problem], kernel, row_largest, a, b, sums, terms, rows, columns,
+            iters, N, M, column_mass, log2_column_mass)
+        if form == NO_PLAN:
+            for i in range(N):
+                _fill(grad_log_kernel[i], np.float32(math.nan))
+            continue
+        _sums(grad, grad_a, grad_b, N, M)
+        if form == SCALING:
+            for t in range(iters - 1, -1, -1):
+                _iterate_backward(
+                    kernel, rows[t], columns[t + 1], columns[t], grad_a, grad_b,
+                    row_factors[2 * t], row_factors[2 * t + 1], column_factors[2 * t], column_factors[2 * t + 1],
+                    sums, N, ONE, column_mass)
+            _dot(row_factors.T, column_factors, scratch, R, W, 2 * iters)
+            _subtract_product(grad, kernel, scratch, grad_log_kernel, N)
+        else:
+            for i in range(N):
+                _copy(grad[i], scratch[i])
+            for t in range(iters - 1, -1, -1):
+                _iterate_backward_log(
+                    kernel, rows[t], columns[t + 1], columns[t], grad_a, grad_b, scratch, sums, N, ONE, column_mass)
+            for i in range(N):
+                _copy(scratch[i][:M], grad_log_kernel[i])

@@ -13,10 +13,12 @@ from typing import Optional, Tuple
 import torch
 
 from . import cpu
+from .operands import empty_gradients, empty_heads
+from .threads import has_numba
 
 __all__ = ['choose_path', 'fused_sot_attention']
 
-HAS_CPU = cpu.available()
+HAS_CPU = has_numba()
 HAS_TRITON = torch.version.cuda is not None and importlib.util.find_spec('triton') is not None
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -118,9 +120,8 @@ def _forward(
 
 
 @_forward.register_fake
-def _(q, k, v, operands, softmax, reg, iters, scale, dropout_p, seed, distance, path):
-    return _implementation(path).sot_attention_forward_fake(
-        q, k, v, operands, softmax, reg, iters, scale, dropout_p, seed, distance)
+def _fake_forward(q, k, v, operands, softmax, reg, iters, scale, dropout_p, seed, distance, path):
+    return empty_heads(q), _implementation(path).empty_saved(q, iters)
 
 
 @torch.library.custom_op('timm_sot::sot_attention_backward', mutates_args=())
@@ -145,9 +146,8 @@ def _backward(
 
 
 @_backward.register_fake
-def _(grad_out, q, k, v, saved, operands, softmax, reg, iters, scale, dropout_p, seed, distance, path):
-    return _implementation(path).sot_attention_backward_fake(
-        grad_out, q, k, v, saved, operands, softmax, reg, iters, scale, dropout_p, seed, distance)
+def _fake_backward(grad_out, q, k, v, saved, operands, softmax, reg, iters, scale, dropout_p, seed, distance, path):
+    return empty_gradients(q, operands)
 
 
 def _setup_context(ctx, inputs, output):

@@ -19,19 +19,17 @@ import torch
 import triton
 import triton.language as tl
 
-__all__ = [
-    'sot_attention_forward',
-    'sot_attention_forward_fake',
-    'sot_attention_backward',
-    'sot_attention_backward_fake',
-]
+from .operands import dropout_numbers, empty_gradients, empty_heads, matched_points, unit_stride
+
+__all__ = ['empty_saved', 'sot_attention_forward', 'sot_attention_backward']
 
 # Costs are in [0, 1], so log-kernel entries are in [-1 / reg, 0]; with a masked diagonal the scaling vectors span up to
 # a few times exp(1 / reg). Float32 ends at exp(88): exp(4 / reg) is inside.
 SCALING_MIN_REG = 0.05
 
+LOWEST_RANDOM = -2 ** 31  # the random numbers are signed
+
 LOG2_E = tl.constexpr(1.4426950408889634)
-LN_2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
@@ -429,19 +427,10 @@ def _specialize(
     )
 
 
-def _dropout_args(dropout_p: float) -> Tuple[int, float]:
-    """The signed 32-bit random number below which a weight is dropped, and the factor on those that are kept."""
-    return min(int(dropout_p * 2 ** 32), 2 ** 32 - 1) - 2 ** 31, 1. / (1. - dropout_p) if dropout_p < 1. else 0.
-
-
-def _unit_stride(x: torch.Tensor) -> torch.Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def _empty(q: torch.Tensor) -> torch.Tensor:
-    """(B, H, N, D) stored as (B, N, H, D), so that merging the heads afterwards moves nothing."""
-    B, H, N, D = q.shape
-    return q.new_empty(B, N, H, D).transpose(1, 2)
+def empty_saved(q: torch.Tensor, iters: int) -> torch.Tensor:
+    """Room for what `sot_attention_forward` keeps."""
+    B, H, N, _ = q.shape
+    return q.new_empty(B * H, iters, 2, _block_size(N), dtype=torch.float32)
 
 
 def sot_attention_forward(
@@ -479,15 +468,14 @@ def sot_attention_forward(
     """
     B, H, N, D = q.shape
     options = _specialize(q, operand, softmax, reg, dropout_p, distance)
-    q, v = _unit_stride(q), _unit_stride(v)
-    k = q if operand == 'q' else k.transpose(-2, -1) if operand == 'qkt' else _unit_stride(k)
-    out = _empty(q)
-    scalings = q.new_empty(B * H, iters, 2, options['BLOCK_N'], dtype=torch.float32)
+    q, v = unit_stride(q), unit_stride(v)
+    k = matched_points(q, k, operand)
+    out, scalings = empty_heads(q), empty_saved(q, iters)
     config = _forward_config(options['BLOCK_N'], options['BLOCK_D'], q.dtype)
     _forward_kernel[(B * H,)](
         q, k, v, out, scalings, scalings if seed is None else seed,
         *q.stride()[:3], *k.stride(), *v.stride()[:3],
-        H, N, D, iters, reg, scale, *_dropout_args(dropout_p),
+        H, N, D, iters, reg, scale, *dropout_numbers(dropout_p, LOWEST_RANDOM),
         **options, **config,
     )
     return out, scalings
@@ -511,54 +499,16 @@ def sot_attention_backward(
     """Gradients of `sot_attention_forward` for q, k and v, in their dtype; that of k has no elements for operand 'q'."""
     B, H, N, D = q.shape
     options = _specialize(q, operand, softmax, reg, dropout_p, distance)
-    q, v, grad_out = _unit_stride(q), _unit_stride(v), _unit_stride(grad_out)
-    k = q if operand == 'q' else k.transpose(-2, -1) if operand == 'qkt' else _unit_stride(k)
-    grad_q, grad_v = _empty(q), _empty(q)
-    grad_k = q.new_empty(0) if operand == 'q' else _empty(q)
+    q, v, grad_out = unit_stride(q), unit_stride(v), unit_stride(grad_out)
+    k = matched_points(q, k, operand)
+    grad_q, grad_k, grad_v = empty_gradients(q, operand)
     # of the columns of k, its gradient is written as the kernel reads k
     grad_k_strides = (1, H * D) if operand == 'qkt' else (H * D, 1)
     config = _backward_config(options['BLOCK_N'], options['BLOCK_D'], q.dtype)
     _backward_kernel[(B * H,)](
         q, k, v, grad_out, scalings, scalings if seed is None else seed, grad_q, grad_k, grad_v,
         *q.stride()[:3], *k.stride(), *v.stride()[:3], *grad_out.stride()[:3], *grad_k_strides,
-        H, N, D, iters, reg, scale, *_dropout_args(dropout_p),
+        H, N, D, iters, reg, scale, *dropout_numbers(dropout_p, LOWEST_RANDOM),
         **options, **config,
     )
     return grad_q, grad_k, grad_v
-
-
-def sot_attention_forward_fake(
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        operand: str,
-        softmax: bool,
-        reg: float,
-        iters: int,
-        scale: float,
-        dropout_p: float = 0.,
-        seed: Optional[torch.Tensor] = None,
-        distance: str = 'euclidean',
-) -> Tuple[torch.Tensor, torch.Tensor]:
-    """Shapes, strides and dtypes of what `sot_attention_forward` returns."""
-    B, H, N, D = q.shape
-    return _empty(q), q.new_empty(B * H, iters, 2, _block_size(N), dtype=torch.float32)
-
-
-def sot_attention_backward_fake(
-        grad_out: torch.Tensor,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        scalings: torch.Tensor,
-        operand: str,
-        softmax: bool,
-        reg: float,
-        iters: int,
-        scale: float,
-        dropout_p: float = 0.,
-        seed: Optional[torch.Tensor] = None,
-        distance: str = 'euclidean',
-) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Shapes, strides and dtypes of what `sot_attention_backward` returns."""
-    return _empty(q), q.new_empty(0) if operand == 'q' else _empty(q), _empty(q)

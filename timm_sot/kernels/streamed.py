@@ -18,14 +18,10 @@ import torch
 import triton
 import triton.language as tl
 
-__all__ = [
-    'sot_attention_forward',
-    'sot_attention_forward_fake',
-    'sot_attention_backward',
-    'sot_attention_backward_fake',
-]
+from .onchip import LOG2_E, LOWEST_RANDOM, _inverse, _signed
+from .operands import dropout_numbers, empty_gradients, empty_heads, matched_points, unit_stride
 
-LOG2_E = tl.constexpr(1.4426950408889634)
+__all__ = ['empty_saved', 'sot_attention_forward', 'sot_attention_backward']
 
 BLOCK = 64  # rows and columns of a tile
 
@@ -58,12 +54,6 @@ def _vector(ptr, n, N):
 
 
 @triton.jit
-def _inverse(x):
-    """1 / x, and 0 for 0."""
-    return tl.where(x > 0., 1. / tl.where(x > 0., x, 1.), 0.)
-
-
-@triton.jit
 def _costs(x, y, xx, yy, COSINE: tl.constexpr, PRECISION: tl.constexpr):
     """Distances of the rows of x and y with squared norms xx and yy."""
     gram = tl.dot(x, tl.trans(y), input_precision=PRECISION)
@@ -78,11 +68,6 @@ def _log_kernel(costs, row_max, i, j, N, reg):
     """Log-kernel in base 2, -inf on the diagonal and in the padding."""
     open = (i < N)[:, None] & (j < N)[None, :] & ((i[:, None] != j[None, :]) | (N == 1))
     return tl.where(open, costs * (_inverse(row_max) * (-LOG2_E / reg))[:, None], float('-inf'))
-
-
-@triton.jit
-def _signed(x):
-    return x.to(tl.int32, bitcast=True)
 
 
 @triton.jit
@@ -632,30 +617,15 @@ class _Problem(NamedTuple):
         return tuple(self.x.shape[1:])
 
 
-def _unit_stride(x: torch.Tensor) -> torch.Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def _empty(q: torch.Tensor, dtype: Optional[torch.dtype] = None) -> torch.Tensor:
-    """(B, H, N, D) stored as (B, N, H, D), so that merging the heads afterwards moves nothing."""
-    B, H, N, D = q.shape
-    return q.new_empty(B, N, H, D, dtype=dtype).transpose(1, 2)
-
-
 def _vectors(q: torch.Tensor, *leading: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return q.new_empty(*leading, q.shape[0] * q.shape[1], q.shape[2], dtype=dtype)
-
-
-def _dropout_args(dropout_p: float) -> Tuple[int, float]:
-    """The signed 32-bit random number below which a weight is dropped, and the factor on those that are kept."""
-    return min(int(dropout_p * 2 ** 32), 2 ** 32 - 1) - 2 ** 31, 1. / (1. - dropout_p) if dropout_p < 1. else 0.
 
 
 def _prepare(q: torch.Tensor, k: torch.Tensor, operand: str, reg: float, distance: str) -> _Problem:
     """Norms and row maxima."""
     B, H, N, D = q.shape
-    x = _unit_stride(q)
-    y = x if operand == 'q' else k.transpose(-2, -1) if operand == 'qkt' else _unit_stride(k)
+    x = unit_stride(q)
+    y = matched_points(x, k, operand)
     if q.dtype == torch.float32 and distance == 'euclidean':
         # distances are differences of squared norms, which cancel far from the origin
         mean = y.mean(dim=-2, keepdim=True)
@@ -700,6 +670,11 @@ def _largest(problem: _Problem, u: torch.Tensor, v: torch.Tensor) -> Tuple[torch
     return 1. / (1. + torch.exp2(-log2_plan)), row.int(), columns.gather(1, row[:, None])[:, 0]
 
 
+def empty_saved(q: torch.Tensor, iters: int) -> torch.Tensor:
+    """Nothing is kept."""
+    return q.new_empty(0, dtype=torch.float32)
+
+
 def sot_attention_forward(
         q: torch.Tensor,
         k: torch.Tensor,
@@ -719,19 +694,19 @@ def sot_attention_forward(
         Output (B, H, N, D), and a tensor without elements in the place of onchip's scaling vectors.
     """
     problem = _prepare(q, k, operand, reg, distance)
-    v = _unit_stride(v)
+    v = unit_stride(v)
     row_potential, column_potential = _vectors(q), _vectors(q).zero_()
     for _ in range(iters):
         _half_iteration(problem, column_potential, row_potential, 1)
         _half_iteration(problem, row_potential, column_potential, 0)
     largest, _, _ = _largest(problem, row_potential, column_potential)
-    out = _empty(q)
+    out = empty_heads(q)
     _output_kernel[problem.grid](
         *problem.matrices, v, out, *problem.vectors, row_potential, column_potential, largest,
         largest if seed is None else seed,
-        *problem.strides, *v.stride()[:3], *problem.sizes, reg, scale, *_dropout_args(dropout_p),
+        *problem.strides, *v.stride()[:3], *problem.sizes, reg, scale, *dropout_numbers(dropout_p, LOWEST_RANDOM),
         SOFTMAX=softmax, DROPOUT=dropout_p > 0., **problem.options)
-    return out, q.new_empty(0, dtype=torch.float32)
+    return out, empty_saved(q, iters)
 
 
 def sot_attention_backward(
@@ -752,7 +727,7 @@ def sot_attention_backward(
     """Gradients of `sot_attention_forward` for q, k and v, in their dtype; that of k has no elements for operand 'q'."""
     B, H, N, D = q.shape
     problem = _prepare(q, k, operand, reg, distance)
-    v, grad_out = _unit_stride(v), _unit_stride(grad_out)
+    v, grad_out = unit_stride(v), unit_stride(grad_out)
 
     # the iterations again; column potential t is the one that iteration t starts from
     row_potentials, column_potentials = _vectors(q, iters), _vectors(q, iters + 1)
@@ -765,7 +740,7 @@ def sot_attention_backward(
     seed = largest if seed is None else seed
     last = (row_potentials[-1], column_potentials[-1], largest, seed)
     strides = (*problem.strides, *v.stride()[:3], *grad_out.stride()[:3])
-    numbers = (reg, scale, *_dropout_args(dropout_p))
+    numbers = (reg, scale, *dropout_numbers(dropout_p, LOWEST_RANDOM))
     options = dict(DROPOUT=dropout_p > 0., **problem.options)
     denominator, delta = _vectors(q), _vectors(q)
     if softmax:
@@ -773,7 +748,8 @@ def sot_attention_backward(
             *problem.matrices, v, grad_out, *problem.vectors, *last, denominator, delta,
             *strides, *problem.sizes, *numbers, **options)
 
-    grad_rows, grad_columns, moment, grad_v = _vectors(q), _vectors(q), _vectors(q), _empty(q)
+    grad_q, grad_k, grad_v = empty_gradients(q, operand)
+    grad_rows, grad_columns, moment = _vectors(q), _vectors(q), _vectors(q)
     for axis, sums in ((1, grad_rows), (0, grad_columns)):
         _plan_gradient_kernel[problem.grid](
             *problem.matrices, v, grad_out, *problem.vectors, *last, denominator, delta, sums, moment, grad_v,
@@ -797,9 +773,7 @@ def sot_attention_backward(
                 *problem.strides, *problem.sizes, reg, AXIS=0, INIT=False, **problem.options)
 
     # operand 'q' sums the gradients of both sides, in float32
-    grad_q = _empty(q)
-    by_rows = _empty(q, torch.float32) if operand == 'q' else grad_q
-    grad_k = q.new_empty(0) if operand == 'q' else _empty(q)
+    by_rows = empty_heads(q, torch.float32) if operand == 'q' else grad_q
     by_columns = grad_q if operand == 'q' else grad_k
     grad_max = _vectors(q)
     for axis, out in ((1, by_rows), (0, by_columns)):
@@ -811,39 +785,3 @@ def sot_attention_backward(
             *problem.sizes, B * H, iters, *numbers,
             AXIS=axis, ADD=axis == 0 and operand == 'q', SOFTMAX=softmax, **options)
     return grad_q, grad_k, grad_v
-
-
-def sot_attention_forward_fake(
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        operand: str,
-        softmax: bool,
-        reg: float,
-        iters: int,
-        scale: float,
-        dropout_p: float = 0.,
-        seed: Optional[torch.Tensor] = None,
-        distance: str = 'euclidean',
-) -> Tuple[torch.Tensor, torch.Tensor]:
-    """Shapes, strides and dtypes of what `sot_attention_forward` returns."""
-    return _empty(q), q.new_empty(0, dtype=torch.float32)
-
-
-def sot_attention_backward_fake(
-        grad_out: torch.Tensor,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        saved: torch.Tensor,
-        operand: str,
-        softmax: bool,
-        reg: float,
-        iters: int,
-        scale: float,
-        dropout_p: float = 0.,
-        seed: Optional[torch.Tensor] = None,
-        distance: str = 'euclidean',
-) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Shapes, strides and dtypes of what `sot_attention_backward` returns."""
-    return _empty(q), q.new_empty(0) if operand == 'q' else _empty(q), _empty(q)

@@ -1,0 +1,52 @@
+""" How the compiled loops are shared out """
+import threading
+
+import pytest
+import torch
+
+from timm_sot.kernels.threads import LEAST_WORK, share_out
+
+
+@pytest.fixture
+def four_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    yield
+    torch.set_num_threads(before)
+
+
+def parts(problems, work):
+    """What is called, in order."""
+    calls = []
+    share_out(lambda *args: calls.append((*args, threading.get_ident())), problems, work, 'argument')
+    assert all(call[2] == 'argument' for call in calls)
+    return sorted(call[:2] for call in calls)
+
+
+def test_every_problem_is_in_one_part(four_threads):
+    for problems in (1, 3, 4, 5, 7, 100, 1001):
+        bounds = parts(problems, LEAST_WORK)
+        assert len(bounds) == min(problems, 4)
+        assert [i for first, last in bounds for i in range(first, last)] == list(range(problems))
+        sizes = [last - first for first, last in bounds]
+        assert max(sizes) - min(sizes) <= 1
+
+
+@pytest.mark.parametrize('problems, work, expected', [
+    (0, LEAST_WORK, 1), (100, 1, 1), (2, LEAST_WORK // 2, 1), (4, LEAST_WORK // 2, 2), (100, LEAST_WORK // 30, 3)])
+def test_no_thread_for_little_work(four_threads, problems, work, expected):
+    assert len(parts(problems, work)) == expected
+
+
+def test_parts_run_at_once(four_threads):
+    barrier = threading.Barrier(4)
+    share_out(lambda first, last: barrier.wait(timeout=30), 4, LEAST_WORK)
+
+
+def test_errors_of_a_thread_are_raised(four_threads):
+    def fail(first, last):
+        if last == 4:
+            raise FloatingPointError('the last part')
+
+    with pytest.raises(FloatingPointError, match='the last part'):
+        share_out(fail, 4, LEAST_WORK)

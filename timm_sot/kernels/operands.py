@@ -1,0 +1,35 @@
+""" Tensors and numbers around the kernels of SOT attention, the same for all that implement it """
+from typing import Optional, Tuple
+
+import torch
+
+__all__ = ['dropout_numbers', 'empty_gradients', 'empty_heads', 'matched_points', 'unit_stride']
+
+
+def unit_stride(x: torch.Tensor) -> torch.Tensor:
+    """x with contiguous rows."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def matched_points(q: torch.Tensor, k: torch.Tensor, operand: str) -> torch.Tensor:
+    """What the queries are matched with: themselves for 'q', the keys for 'qk', the columns of the keys for 'qkt'."""
+    if operand == 'q':
+        return q
+    return k.transpose(-2, -1) if operand == 'qkt' else unit_stride(k)
+
+
+def empty_heads(q: torch.Tensor, dtype: Optional[torch.dtype] = None) -> torch.Tensor:
+    """(B, H, N, D) stored as (B, N, H, D), so that merging the heads afterwards moves nothing."""
+    B, H, N, D = q.shape
+    return q.new_empty(B, N, H, D, dtype=dtype).transpose(1, 2)
+
+
+def empty_gradients(q: torch.Tensor, operand: str) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Room for the gradients of q, k and v; that of k has no elements for operand 'q'."""
+    return empty_heads(q), q.new_empty(0) if operand == 'q' else empty_heads(q), empty_heads(q)
+
+
+def dropout_numbers(p: float, lowest: int = 0) -> Tuple[int, float]:
+    """What a weight's 32-bit random number, from `lowest` on, is to reach for it to be kept, and the factor on it then.
+    """
+    return lowest + min(int(p * 2 ** 32), 2 ** 32 - 1), 1. / (1. - p) if p < 1. else 0.

@@ -1,0 +1,39 @@
+""" How the compiled loops of `cpu_loops` are run: whether there is numba, and on how many threads """
+import functools
+import importlib.util
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Callable
+
+import torch
+
+__all__ = ['has_numba', 'share_out']
+
+LEAST_WORK = 2 ** 20  # multiplications of a thread, a tenth of a millisecond: to start one takes about as long
+
+
+@functools.lru_cache(maxsize=None)
+def has_numba() -> bool:
+    """Whether numba is installed."""
+    return importlib.util.find_spec('numba') is not None
+
+
+def share_out(loops: Callable[..., None], problems: int, work: int, *args: Any) -> None:
+    """Call loops(first, last, *args) for parts of the problems, in up to as many threads as torch uses.
+
+    Not numba's own threads: those abort the process when two threads of Python arrive at once, or after a fork.
+
+    Args:
+        loops: A compiled function that lets other threads run.
+        problems: Number of problems.
+        work: Multiplications of a problem, roughly.
+        args: Further arguments of `loops`.
+    """
+    threads = min(torch.get_num_threads(), problems, problems * work // LEAST_WORK)
+    if threads <= 1:
+        return loops(0, problems, *args)
+    bounds = [problems * t // threads for t in range(threads + 1)]
+    with ThreadPoolExecutor(threads - 1) as pool:
+        others = [pool.submit(loops, *part, *args) for part in zip(bounds[1:], bounds[2:])]
+        loops(bounds[0], bounds[1], *args)
+    for other in others:
+        other.result()
