@@ -319,13 +319,14 @@ def test_unwritable(tmp_path):
         report.write_report([str(tmp_path)], str(tmp_path / 'file'))
 
 
-def test_report_of_the_project_is_that_of_its_lines(tmp_path, monkeypatch):
+@pytest.mark.parametrize('folder', ['hub/study', 'hub/study/candidates'])
+def test_report_of_the_project_is_that_of_its_lines(folder, tmp_path, monkeypatch):
     root = Path(__file__).parents[1]
-    shutil.copytree(root / 'hub' / 'study', tmp_path / 'hub' / 'study', ignore=shutil.ignore_patterns('*.png', '*.md'))
+    shutil.copytree(root / folder, tmp_path / folder, ignore=shutil.ignore_patterns('*.png', '*.md'))
     monkeypatch.chdir(tmp_path)
-    text = (root / 'hub' / 'study' / 'report.md').read_text()
+    text = (root / folder / 'report.md').read_text()
     command, = re.findall(r'^timm-sot (.*)$', text, re.M)
     assert main(command.split()) == 0
-    assert Path('hub/study/report.md').read_text() == text
+    assert Path(folder, 'report.md').read_text() == text
     for name in re.findall(r'!\[.*\]\((.*)\)', text):
-        assert (root / 'hub' / 'study' / name).exists() and Path('hub/study', name).exists()
+        assert (root / folder / name).exists() and Path(folder, name).exists()
