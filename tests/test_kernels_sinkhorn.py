@@ -207,6 +207,21 @@ def test_columns_of_sharp_kernels(spread):
 
 
 @needs_loops
+@pytest.mark.parametrize('lowest', [-1e9, -2e38, torch.finfo(torch.float32).min])
+def test_masks_of_finite_numbers(lowest):
+    log_kernel = make_log_kernel(2, 6, 6, dtype=torch.float32)
+    blocked = torch.eye(6, dtype=torch.bool)
+    blocked[3:, 0] = True
+    finite, infinite = (
+        gradient(lambda x: sinkhorn(x, 10, *masses(x), False), log_kernel.masked_fill(blocked, value))
+        for value in (lowest, -math.inf))
+    assert all(error(x, y) < 1e-6 for x, y in zip(finite, infinite))
+    blocked[:, 0] = True  # no plan is possible, but it stays a number
+    assert all(x.isfinite().all() for x in gradient(
+        lambda x: sinkhorn(x, 10, *masses(x), False), log_kernel.masked_fill(blocked, lowest)))
+
+
+@needs_loops
 def test_loops_do_not_mind_offsets():
     """Of rows no offset matters, of columns it does not leave the range that the rows have."""
     log_kernel = make_log_kernel(6, 20, 30, dtype=torch.float32)

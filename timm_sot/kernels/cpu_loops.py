@@ -31,6 +31,7 @@ else:
 ZERO, HALF, ONE = np.float32(0.), np.float32(0.5), np.float32(1.)
 INFINITY = np.float32(math.inf)
 MASKED = np.float32(-1e30)  # a logarithm of 0 that differences do not turn into NaN
+LOWEST_LOG = np.float32(-1e38)
 LOG2_E, LN_2 = np.float32(math.log2(math.e)), np.float32(math.log(2))
 
 # The scaling form carries a log-kernel as long as the scaling vectors of its columns stay in this range; those of the
@@ -412,7 +413,7 @@ def _iterate_log(kernel, a, b, sums, terms, N, M, log2_row_mass, log2_column_mas
     _fill(sums, ZERO)
     for i in range(N):
         row = kernel[i]
-        largest = MASKED
+        largest = -INFINITY
         for j in range(row.size):
             terms[j] = row[j] + b[j]
             largest = max(largest, terms[j])
@@ -429,7 +430,7 @@ def _iterate_log(kernel, a, b, sums, terms, N, M, log2_row_mass, log2_column_mas
             b[j] += log2_column_mass - log2_row_mass - np.float32(math.log2(sums[j]))
             continue
         # all terms were lost against those of other columns
-        largest = MASKED
+        largest = -INFINITY
         for i in range(N):
             largest = max(largest, kernel[i, j] + a[i])
         total = ZERO
@@ -813,8 +814,8 @@ def _log2_kernel(log_kernel, kernel, row_largest, N, M):
         for j in range(M):
             largest = max(largest, source[j])
         row_largest[i] = largest
-        for j in range(M):
-            target[j] = (source[j] - largest) * LOG2_E
+        for j in range(M):  # a finite entry stays finite
+            target[j] = max((source[j] - largest) * LOG2_E, LOWEST_LOG) if source[j] > -INFINITY else -INFINITY
         for j in range(M, target.size):
             target[j] = -INFINITY
 
