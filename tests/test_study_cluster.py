@@ -49,12 +49,16 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope='module')
-def two_workers():
+def two_workers(tmp_path_factory):
     """A Ray with room for two runs, in an object store that fits into little shared memory."""
     os.environ['RAY_USAGE_STATS_ENABLED'] = '0'
+    folder = os.getcwd()
+    # Ray lets its workers import from the current folder: not from this source tree where another copy is installed
+    os.chdir(tmp_path_factory.mktemp('elsewhere'))
     ray.init(
         'local', num_cpus=2, include_dashboard=False, object_store_memory=80 << 20, logging_level=logging.ERROR,
         log_to_driver=False)
+    os.chdir(folder)
     yield ray.get_runtime_context().gcs_address
     ray.shutdown()
 
