@@ -52,6 +52,18 @@ def digits_dir(tmp_path_factory):
 
 
 @pytest.fixture(scope='session')
+def folder(tmp_path_factory):
+    """An image folder of 24 dark and bright training images and 8 test images."""
+    root = tmp_path_factory.mktemp('data') / 'tiny'
+    for split, count in (('train', 12), ('test', 4)):
+        for label in range(2):
+            (root / split / str(label)).mkdir(parents=True)
+            for i in range(count):
+                Image.new('RGB', (32, 32), (200 * label + i,) * 3).save(root / split / str(label) / f'{i}.png')
+    return str(root)
+
+
+@pytest.fixture(scope='session')
 def golden():
     """Reader of the reference files in tests/golden: name -> (tensors, the `meta` entry of its metadata)."""
     from pathlib import Path

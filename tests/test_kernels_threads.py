@@ -39,8 +39,9 @@ def test_no_thread_for_little_work(four_threads, problems, work, expected):
 
 
 def test_parts_run_at_once(four_threads):
-    barrier = threading.Barrier(4)
-    share_out(lambda first, last: barrier.wait(timeout=30), 4, LEAST_WORK)
+    barrier, places = threading.Barrier(4), []
+    share_out(lambda first, last: places.append(barrier.wait(timeout=30)), 4, LEAST_WORK)
+    assert sorted(places) == [0, 1, 2, 3]
 
 
 def test_errors_of_a_thread_are_raised(four_threads):

@@ -1,11 +1,11 @@
 """ Candidates for attention variants """
-
 import pytest
 import timm
 import torch
 
 import timm_sot
 from timm_sot.study.candidates import CANDIDATES, ITERS, apply_candidate, control_of, plan
+from timm_sot.study.runner import build_model, initial_state
 from timm_sot.viz.maps import attention_entropy, row_entropy
 
 
@@ -154,3 +154,20 @@ def test_entropy_of_a_candidate():
     weights = timm_sot.attention_maps(model, images)['blocks.1']['weights']
     torch.testing.assert_close(entropies['blocks.1'], row_entropy(weights))
     assert 0.5 < entropies['blocks.1'].mean() < 0.999
+
+
+@pytest.mark.parametrize('candidate, low, high', [(None, 0., 1e-3), ('plan_mass', 0.05, 1.), ('cosine_mass', 0.05, 1.)])
+@pytest.mark.parametrize('seed', range(3))
+def test_what_attention_adds_before_training(candidate, low, high, seed):
+    """How it varies over the tokens, relative to the tokens: README says so."""
+    row = ('cct_2', {} if candidate is None else dict(candidate=candidate))
+    model = build_model(row, 10, seed).eval()
+    model.load_state_dict(initial_state(row, ('cct_2', {}), 10, seed))
+    images = torch.nn.functional.interpolate(torch.randn(16, 3, 8, 8), 32, mode='bicubic')
+    block, seen = model.blocks[0], {}
+    block.register_forward_pre_hook(lambda module, args: seen.update(tokens=args[0]))
+    block.attn.register_forward_hook(lambda module, args, out: seen.update(added=out))
+    with torch.no_grad():
+        model(images)
+    tokens, added = ((x - x.mean(dim=1, keepdim=True)).std().item() for x in (seen['tokens'], seen['added']))
+    assert low < added / tokens < high

@@ -13,7 +13,6 @@ from types import SimpleNamespace
 import pytest
 import ray
 import torch
-from PIL import Image
 from ray import exceptions
 from safetensors.torch import load_file
 
@@ -34,18 +33,6 @@ OF_TWO = Cluster(device='cpu')
 
 def recipe(epochs):
     return Recipe(epochs=epochs, batch_size=10, augment=('crop', 'flip'))
-
-
-@pytest.fixture(scope='module')
-def folder(tmp_path_factory):
-    """An image folder of 24 dark and bright training images and 8 test images."""
-    root = tmp_path_factory.mktemp('data') / 'tiny'
-    for split, count in (('train', 12), ('test', 4)):
-        for label in range(2):
-            (root / split / str(label)).mkdir(parents=True)
-            for i in range(count):
-                Image.new('RGB', (32, 32), (200 * label + i,) * 3).save(root / split / str(label) / f'{i}.png')
-    return str(root)
 
 
 @pytest.fixture(scope='module')

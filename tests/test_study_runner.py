@@ -10,7 +10,6 @@ import time
 import pytest
 import timm
 import torch
-from PIL import Image
 
 import timm_sot
 from timm_sot.study import runner
@@ -22,18 +21,6 @@ from timm_sot.study.store import KEYS
 DEVICE = torch.device('cpu')
 RECIPE = Recipe(epochs=2, batch_size=10, augment=('crop', 'flip'))
 ROWS = [('cct_2', {}), ('cct_2_sot_q', dict(sot_iters=2))]
-
-
-@pytest.fixture(scope='module')
-def folder(tmp_path_factory):
-    """An image folder of 24 dark and bright training images and 8 test images."""
-    root = tmp_path_factory.mktemp('data') / 'tiny'
-    for split, count in (('train', 12), ('test', 4)):
-        for label in range(2):
-            (root / split / str(label)).mkdir(parents=True)
-            for i in range(count):
-                Image.new('RGB', (32, 32), (200 * label + i,) * 3).save(root / split / str(label) / f'{i}.png')
-    return str(root)
 
 
 def run(folder, out='', rows=ROWS, seeds=(5,), recipe=RECIPE, **kwargs):

@@ -99,7 +99,7 @@ class Trainer:
             graphs: Capture the steps in CUDA graphs, on a GPU.
         """
         self.model = model.to(device)
-        if device.type == 'cpu':  # convolutions take a fifth less time
+        if device.type == 'cpu':  # convolutions are faster so
             self.model.to(memory_format=torch.channels_last)
         self.train, self.test = train, test
         self.device = device
