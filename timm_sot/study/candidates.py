@@ -11,6 +11,7 @@ from typing import Any, Dict, NamedTuple, Optional, Tuple
 
 import torch
 import torch.nn.functional as F
+from timm.layers import RelPosBias
 from torch import nn
 
 from .. import transform  # by its name: coupled.py changes what is in it
@@ -33,6 +34,7 @@ class Candidate(NamedTuple):
     identity: bool = False
     contrast: bool = False
     mass: Optional[float] = None
+    reach: Optional[float] = None
 
 
 def _with_control(name: str, about: str, control: str, **parts: Any) -> Dict[str, Candidate]:
@@ -59,6 +61,13 @@ CANDIDATES: Dict[str, Candidate] = {
                     contrast=True),
     **_with_control('plan_mass', 'each head has a mass of its own, from cosines', 'cosine_mass', factor=20., mass=16.),
     **_with_control('plan_mass_4', "as plan_mass, from a smaller mass and plan's factor", 'cosine_mass_4', mass=4.),
+    **_with_control('plan_grid', 'a cost of the displacement on the grid is learned, from cosines', 'cosine_grid',
+                    reach=math.inf),
+    **_with_control('plan_near', 'as plan_grid, the displacement at first costs its square', 'cosine_near', reach=1.),
+    **_with_control('plan_near_mass', 'as plan_near, each head has a mass of its own', 'cosine_near_mass', mass=4.,
+                    reach=1.),
+    **_with_control('plan_near_contrast', 'as plan_near, differences from the mean of the tokens scaled',
+                    'cosine_near_contrast', contrast=True, reach=1.),
     'bias': Candidate("row 4's SOT matrix as a bias on the scores of softmax", 'softmax', scores='dot', factor=1.,
                       weights='bias'),
 }
@@ -84,9 +93,11 @@ class CandidateAttention(SOTAttention):
     identity        (1 - sigmoid(iota_h)) weights + sigmoid(iota_h) identity
     contrast        weights + omega_h (weights - 1/N)
     mass            mu_h weights
+    reach           s_ij + tau_h r_h(i - j), r_h being a table over the displacements on the grid of the tokens that
+                    starts from that of a Gaussian kernel, -|i - j|^2 / (2 reach^2 tau_h); infinity for none
     """
 
-    def set_candidate(self, candidate: Candidate) -> None:
+    def set_candidate(self, candidate: Candidate, grid_size: Optional[Tuple[int, int]]) -> None:
         """Add the parameters of a candidate, with their initial values."""
         self.set_variant('softmax')
         self.candidate = candidate
@@ -109,6 +120,16 @@ class CandidateAttention(SOTAttention):
             self.contrast = per_head(0.)
         if candidate.mass:
             self.log_mass = per_head(math.log(candidate.mass))
+        if candidate.reach:
+            if grid_size is None:
+                raise ValueError('the model has no grid_size, the height and width of its grid of tokens.')
+            self.displacement = RelPosBias(grid_size, self.num_heads, device=weight.device)
+            height, width = grid_size
+            dy = torch.arange(1 - height, height, device=weight.device).unsqueeze(1)
+            dx = torch.arange(1 - width, width, device=weight.device)
+            start = -(dy ** 2 + dx ** 2) / (2 * candidate.reach ** 2 * candidate.factor)
+            with torch.no_grad():
+                self.displacement.relative_position_bias_table.copy_(start.reshape(-1, 1))
 
     def attention_weights(
             self,
@@ -128,6 +149,8 @@ class CandidateAttention(SOTAttention):
             s = q @ k.transpose(-2, -1) * self.scale
         else:
             s = -transform.pairwise_cost(q, k, 'euclidean', 'row')
+        if self.candidate.reach:
+            s = s + self.displacement.get_bias()
         s = s * self.log_factor.exp()
         if self.candidate.mask_diagonal:
             s = s.masked_fill(torch.eye(s.shape[-1], dtype=torch.bool, device=s.device), -math.inf)
@@ -197,7 +220,7 @@ def apply_candidate(model: nn.Module, name: str) -> nn.Module:
         raise ValueError(f'candidate={name!r} is unknown; choose one of {tuple(CANDIDATES)}.')
     for layer in attention_layers(model).values():
         layer.__class__ = CandidateAttention
-        layer.set_candidate(CANDIDATES[name])
+        layer.set_candidate(CANDIDATES[name], getattr(model, 'grid_size', None))
     return model
 
 
