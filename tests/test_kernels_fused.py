@@ -1,4 +1,5 @@
 """ The operator timm_sot::sot_attention, whatever implements it """
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -140,6 +141,30 @@ def test_agrees_with_eager(path, variant, distance):
     for actual, wanted in zip(*results):
         assert (actual is None) == (wanted is None), 'both or neither use the keys'
         assert actual is None or error(actual, wanted) < 1e-4
+
+
+@pytest.mark.parametrize('bad', [math.nan, math.inf])
+@pytest.mark.parametrize('where', ['q', 'k', 'v', 'grad'])
+@pytest.mark.parametrize('path', PATHS)
+def test_what_is_not_finite_is_not_hidden(path, where, bad):
+    """Where plain torch answers it with NaN, no finite number comes out; and other problems do not see it."""
+    for softmax, reg, distance in ((True, 0.1, 'euclidean'), (False, 0.02, 'cosine')):
+        results = []
+        for fuse in (True, False):
+            tensors = [x.clone() for x in make_inputs(2, 1, 18, 16, device=device_of(path))]
+            tensors['qkv'.find(where)][1, 0, 3, 5] = bad  # the gradient is the last
+            *leaves, grad = tensors
+            for x in leaves:
+                x.requires_grad_()
+            if fuse:
+                out = fused_sot_attention(*leaves, 'qk', softmax, reg, 3, 0.25, 0., distance, path)
+            else:
+                out = sot_attention(*leaves, 'qk', softmax, distance, reg, 3, 0.)
+            out.backward(grad)
+            results.append((out, *(x.grad for x in leaves)))
+        for name, actual, wanted in zip(('out', 'dq', 'dk', 'dv'), *results):
+            assert actual[0].isfinite().all()
+            assert torch.equal(actual.isfinite(), wanted.isfinite()), f'{name} for {distance}'
 
 
 # Dropout

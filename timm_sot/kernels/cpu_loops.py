@@ -29,7 +29,7 @@ else:
     TILE_COLUMNS = dict(dot=16, distance=16, pull=16)
 
 ZERO, HALF, ONE = np.float32(0.), np.float32(0.5), np.float32(1.)
-INFINITY = np.float32(math.inf)
+INFINITY, NAN = np.float32(math.inf), np.float32(math.nan)
 MASKED = np.float32(-1e30)  # a logarithm of 0 that differences do not turn into NaN
 LOWEST_LOG = np.float32(-1e38)
 LOG2_E, LN_2 = np.float32(math.log2(math.e)), np.float32(math.log(2))
@@ -62,7 +62,7 @@ def _kept(**kwargs):
 # Sums may be taken in any order.
 _reordered = _jit(fastmath={'reassoc', 'contract', 'nsz', 'arcp'}, error_model='numpy')
 
-# Comparisons, too, do not expect NaNs: not for what may hold them.
+# Comparisons, too, do not expect NaNs: whatever may hold them goes through `_all_finite` first.
 _fast = _jit(fastmath={'reassoc', 'contract', 'nsz', 'arcp', 'nnan'}, error_model='numpy')
 
 
@@ -262,6 +262,26 @@ def _copy(source, target):
 def _add(x, y):
     for j in range(x.size):
         x[j] += y[j]
+
+
+@_jit()
+def _fill_rows(x, value):
+    for i in range(x.shape[0]):
+        _fill(x[i], value)
+
+
+@_reordered
+def _all_finite(x):
+    """Whether a matrix has no NaN and no infinity.
+
+    To be asked before what does not expect them: there the compiler takes it that they do not exist, and they vanish.
+    """
+    total = ZERO
+    for i in range(x.shape[0]):
+        row = x[i]
+        for j in range(row.size):
+            total += ZERO * row[j]
+    return total == ZERO
 
 
 @_jit()
@@ -640,6 +660,10 @@ def attention_forward(
         else:
             start = batch * k_strides[0] + head * k_strides[1]
             _load_points(k, start, k_strides[2], y, y_transposed, N, D, through_transpose)
+        if not (_all_finite(x) and _all_finite(y)):  # y is 0 for `own`
+            _fill_rows(result, NAN)
+            _store(result, out, batch * out_strides[0] + head * out_strides[1], out_strides[2], N, D)
+            continue
         if cosine:
             _to_unit_rows(x, inverse_norms, N)
             if own:
@@ -692,6 +716,23 @@ def attention_backward(
         grad_start = batch * grad_strides[0] + head * grad_strides[1]
         costs = saved[problem]
 
+        _load(q, batch * q_strides[0] + head * q_strides[1], q_strides[2], x, N, D)
+        if own:
+            for i in range(N):
+                _copy(x[i], y[i])
+        else:
+            start = batch * k_strides[0] + head * k_strides[1]
+            if through_transpose:
+                _load_transposed(k, start, k_strides[2], y, N, D)
+            else:
+                _load(k, start, k_strides[2], y, N, D)
+        if not (_all_finite(x) and _all_finite(y)):
+            _fill_rows(result, NAN)
+            _store(result, grad_v, grad_start, grad_strides[2], N, D)
+            _store(result, grad_k, grad_start, grad_strides[2], N, D)
+            _store(result, grad_q, grad_start, grad_strides[2], N, D)
+            continue
+
         # the matrices of the forward pass
         _kernel(costs, kernel, N, reg, log)
         _fill(b[:N], start_b)
@@ -715,6 +756,7 @@ def attention_backward(
         _load(grad_out, batch * grad_out_strides[0] + head * grad_out_strides[1], grad_out_strides[2], upstream, N, D)
         _load_transposed(v, batch * v_strides[0] + head * v_strides[1], v_strides[2], transposed, N, D)
         _dot(upstream, transposed, grad, R, R, D)
+        known = _all_finite(grad)
         if dropout:
             for i in range(N):
                 _dropout_row(factor, seed[0], problem * N + i, drop_below, keep_factor)
@@ -724,6 +766,11 @@ def attention_backward(
         else:
             _dot(weights.T, upstream, result, R, W, N)
         _store(result, grad_v, grad_start, grad_strides[2], N, D)
+        if not known:
+            _fill_rows(result, NAN)
+            _store(result, grad_k, grad_start, grad_strides[2], N, D)
+            _store(result, grad_q, grad_start, grad_strides[2], N, D)
+            continue
 
         _sot_backward(sot, weights, grad, inverse_largest, largest, grad_a, grad_b, N, scale, softmax)
         for t in range(iters - 1, -1, -1):
@@ -740,16 +787,6 @@ def attention_backward(
             _subtract_product(grad, kernel, scratch, grad, N)
         _costs_backward(costs, grad, N, reg, cosine)
 
-        _load(q, batch * q_strides[0] + head * q_strides[1], q_strides[2], x, N, D)
-        if own:
-            for i in range(N):
-                _copy(x[i], y[i])
-        else:
-            start = batch * k_strides[0] + head * k_strides[1]
-            if through_transpose:
-                _load_transposed(k, start, k_strides[2], y, N, D)
-            else:
-                _load(k, start, k_strides[2], y, N, D)
         if cosine:
             _to_unit_rows(x, inverse_norms, N)
             _to_unit_rows(y, other_inverse_norms, N)
@@ -902,7 +939,7 @@ def sinkhorn_forward(first, last, log_kernels, out, iters, log_r, log_c):
         for i in range(N):
             source, target = log_kernel[i], log_plan[i]
             if form == NO_PLAN:
-                _fill(target, np.float32(math.nan))
+                _fill(target, NAN)
                 continue
             u = (math.log(a[i]) if form == SCALING else a[i] * LN_2) - row_largest[i] + np.float32(log_r)
             for j in range(M):
@@ -927,7 +964,7 @@ def sinkhorn_backward(first, last, grads, log_kernels, out, iters, log_r, log_c)
             iters, N, M, column_mass, log2_column_mass)
         if form == NO_PLAN:
             for i in range(N):
-                _fill(grad_log_kernel[i], np.float32(math.nan))
+                _fill(grad_log_kernel[i], NAN)
             continue
         _sums(grad, grad_a, grad_b, N, M)
         if form == SCALING:

@@ -85,18 +85,24 @@ def _costs(
         yy = tl.sum(y.to(tl.float32) * y.to(tl.float32), 1)
     if COSINE:
         costs = 1. - gram * _inverse(tl.sqrt(xx))[:, None] * _inverse(tl.sqrt(yy))[None, :]
-        costs = tl.maximum(costs, 0.)
+        costs = _not_negative(costs)
     else:
-        costs = tl.sqrt(tl.maximum(xx[:, None] + yy[None, :] - 2. * gram, 0.))
+        costs = tl.sqrt(_not_negative(xx[:, None] + yy[None, :] - 2. * gram))
     if not EVEN:
         costs = tl.where((i < N) & (j < N), costs, 0.)
     return costs, xx, yy
 
 
 @triton.jit
+def _not_negative(x):
+    """What rounding made negative as 0. Here NaN would end: a maximum without the option is the other number."""
+    return tl.maximum(x, 0., propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
 def _inverse(x):
     """1 / x, and 0 for 0."""
-    return tl.where(x > 0., 1. / tl.where(x > 0., x, 1.), 0.)
+    return tl.where(x == 0., 0., 1. / tl.where(x == 0., 1., x))
 
 
 @triton.jit
@@ -358,7 +364,7 @@ def _backward_kernel(
         pull_y = inv_y * inv_y * tl.sum(grad * (1. - costs), 0)
         grad = grad * inv_x[:, None] * inv_y[None, :]
     else:
-        grad = tl.where(costs > 0., grad / tl.where(costs > 0., costs, 1.), 0.)
+        grad = tl.where(costs == 0., 0., grad / tl.where(costs == 0., 1., costs))
     if x.dtype == tl.float16:
         # 1 / distance leaves the range of float16: tensor cores in tf32, which holds float16 exactly
         x = x.to(tl.float32)

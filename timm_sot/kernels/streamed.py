@@ -18,7 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .onchip import LOG2_E, LOWEST_RANDOM, _inverse, _signed
+from .onchip import LOG2_E, LOWEST_RANDOM, _inverse, _not_negative, _signed
 from .operands import dropout_numbers, empty_gradients, empty_heads, matched_points, unit_stride
 
 __all__ = ['empty_saved', 'sot_attention_forward', 'sot_attention_backward']
@@ -58,9 +58,9 @@ def _costs(x, y, xx, yy, COSINE: tl.constexpr, PRECISION: tl.constexpr):
     """Distances of the rows of x and y with squared norms xx and yy."""
     gram = tl.dot(x, tl.trans(y), input_precision=PRECISION)
     if COSINE:
-        return tl.maximum(1. - gram * _inverse(tl.sqrt(xx))[:, None] * _inverse(tl.sqrt(yy))[None, :], 0.)
+        return _not_negative(1. - gram * _inverse(tl.sqrt(xx))[:, None] * _inverse(tl.sqrt(yy))[None, :])
     else:
-        return tl.sqrt(tl.maximum(xx[:, None] + yy[None, :] - 2. * gram, 0.))
+        return tl.sqrt(_not_negative(xx[:, None] + yy[None, :] - 2. * gram))
 
 
 @triton.jit
@@ -549,7 +549,7 @@ def _cost_gradient_kernel(
             pull += tl.sum(grad * (1. - costs), AXIS)
             grad *= _inverse(tl.sqrt(xx))[:, None] * _inverse(tl.sqrt(yy))[None, :]
         else:
-            grad = tl.where(costs > 0., grad / tl.where(costs > 0., costs, 1.), 0.)
+            grad = tl.where(costs == 0., 0., grad / tl.where(costs == 0., 1., costs))
         moving = y if AXIS == 1 else x
         if moving.dtype == tl.float16:
             # 1 / distance leaves the range of float16: tensor cores in tf32, which holds float16 exactly
