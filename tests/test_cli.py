@@ -76,6 +76,7 @@ def test_report_without_an_extra(package, monkeypatch, tmp_path, capsys):
     (['study', '--fraction', '2'], '--fraction: must be between 0 and 1'),
     (['study', 'reports'], "invalid choice: 'reports'"),
     (['study', 'report'], 'required: DIR'),
+    (['study', '--epochs', '3', '--out', 'run', 'report', '.'], '--epochs, --out before report'),
     (['study', 'report', 'no/such/folder'], 'no/such/folder/results.jsonl cannot be read'),
     (['attention'], 'FIGURE'),
     (['attention', 'heat'], "invalid choice: 'heat'"),

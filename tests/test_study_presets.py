@@ -24,7 +24,10 @@ def test_seed_preset_is_the_original_experiment():
 
 
 def test_sweep_preset():
-    regs = [kwargs['sot_reg'] for _, kwargs in PRESETS['sweep'].rows]
+    (softmax, *rows), seeds, settings, _ = PRESETS['sweep']
+    assert softmax == PRESETS['seed'].rows[0], 'the band behind the sweep, and the same run in one folder'
+    assert settings == PRESETS['seed'].recipe and set(seeds) <= set(PRESETS['seed'].seeds)
+    regs = [kwargs['sot_reg'] for _, kwargs in rows]
     assert regs == [0.025, 0.05, 0.075, 0.1, 0.125, 0.15, 0.175, 0.2, 0.225, 0.25, 0.275, 0.3, 0.325, 0.35, 0.375, 0.4,
                     0.425, 0.45, 0.475, 0.5, 0.525, 0.55, 0.575, 0.6, 0.625, 0.65, 0.675, 0.7, 0.725, 0.75, 0.775, 0.8,
                     0.825, 0.85, 0.875, 0.9, 0.925, 0.95, 0.975, 1.]

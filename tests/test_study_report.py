@@ -192,7 +192,7 @@ def test_original_rows(tmp_path):
     assert [line[-1] for line in found.values()] == [
         '78.14', '76.65 (−1.49)', '74.96 (−3.18)', '75.14 (−3.00)', '76.88 (−1.26)', '76.76 (−1.38)']
     assert tables(text)['The rows of the original experiment'][0][0][-1] == 'original, n = 1'
-    assert 'of the 40 rows of `timm-sot study --preset sweep`: 39 rows' in text
+    assert 'of the 41 rows of `timm-sot study --preset sweep`: 39 rows' in text
     assert 'Other rows' not in text and 'All rows\n' not in text
 
 

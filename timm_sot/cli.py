@@ -1,6 +1,7 @@
 """ The command line, `timm-sot` """
 import argparse
 import sys
+from functools import partial
 from typing import List, Optional
 
 from .errors import UserError, missing_extra
@@ -48,7 +49,8 @@ def _add_study(commands) -> None:
     group.add_argument('--preset', choices=['quick', 'seed', 'sweep', 'candidates'], default='quick',
                        help='quick: three models on the digits of scikit-learn; seed: softmax and the five SOT '
                             'variants, five seeds, 30 epochs of the original recipe; sweep: sot_qk over the '
-                            'regularization; candidates: new forms and their controls, on a validation split. The other options change it (default: %(default)s)')
+                            'regularization, and softmax; candidates: new forms and their controls, on a validation '
+                            'split. The other options change it (default: %(default)s)')
     group.add_argument('--models', nargs='+', metavar='NAME', help='timm models, the first of which gives the others '
                        'their initial values')
     group.add_argument('--model-kwargs', nargs='*', default={}, action=_ModelKwargs, metavar='KEY=VALUE',
@@ -96,10 +98,10 @@ def _add_study(commands) -> None:
     group.add_argument('--gpus-per-run', type=_number(float, 0, exclusive=True), metavar='N',
                        help='share of a GPU of a run (default: 1 / PARALLEL, on a GPU)')
     parser.set_defaults(run=_study)
-    _add_report(parser.add_subparsers(title='commands', metavar='COMMAND'))
+    _add_report(parser.add_subparsers(title='commands', metavar='COMMAND'), parser)
 
 
-def _add_report(commands) -> None:
+def _add_report(commands, study: argparse.ArgumentParser) -> None:
     parser = commands.add_parser(
         'report', help='write tables and figures of finished runs',
         description='Write report.md, with tables and figures, from the results of studies. Runs of different images, '
@@ -108,17 +110,25 @@ def _add_report(commands) -> None:
     parser.add_argument('--baseline', default='', metavar='ROW',
                         help="row that the others are compared with, e.g. 'cct_2' or 'cct_2_sot_qk sot_reg=0.1' "
                              '(default: the first of the first study)')
-    parser.add_argument('--out', default='', metavar='DIR', help='where to write (default: the first DIR)')
-    parser.set_defaults(run=_report)
+    parser.add_argument('--out', dest='report_out', default='', metavar='DIR',
+                        help='where to write (default: the first DIR)')
+    parser.set_defaults(run=partial(_report, study))
 
 
-def _report(args: argparse.Namespace) -> int:
+def _report(study: argparse.ArgumentParser, args: argparse.Namespace) -> int:
+    own = {'run', 'command', 'sources', 'baseline', 'report_out'}
+    others = [
+        f'--{name.replace("_", "-")}' for name, value in vars(args).items()
+        if name not in own and value != study.get_default(name)]
+    if others:
+        raise UserError(f'{", ".join(others)} before report is an option of a study, and report runs none; leave it out, '
+                        f"or put it after report if it is one of report's.")
     try:
         from .study.report import write_report
     except ImportError as e:  # scipy or matplotlib
         raise missing_extra(e) from e
 
-    print(write_report(args.sources, args.out, args.baseline))
+    print(write_report(args.sources, args.report_out, args.baseline))
     return 0
 
 

@@ -39,7 +39,8 @@ PRESETS: Dict[str, Preset] = {
     'quick': Preset([('cct_2', {}), ('cct_2_sot_q', {}), ('cct_2_sot_qk', {})], (0,), {}),
     'seed': Preset(
         [('cct_2', {}), *((model, dict(sot_reg=0.1, sot_tol=0.1)) for model in SOT_ROWS)], range(5), ORIGINAL),
-    'sweep': Preset([('cct_2_sot_qk', dict(sot_reg=i / 40, sot_tol=0.1)) for i in range(1, 41)], (0,), ORIGINAL),
+    'sweep': Preset(
+        [('cct_2', {}), *(('cct_2_sot_qk', dict(sot_reg=i / 40, sot_tol=0.1)) for i in range(1, 41))], (0,), ORIGINAL),
     # chosen among on images held out of the training set: the test images decide nothing
     'candidates': Preset(
         [('cct_2', {}), *(('cct_2', dict(candidate=name)) for name in CANDIDATES)], range(3), ORIGINAL, holdout=0.1),
