@@ -98,6 +98,8 @@ def test_damping_goes_from_softmax_to_the_plan():
     ('shares', 'share', 0., 'plan'),
     ('plan_contrast', 'contrast', 0., 'plan'),
     ('plan_mass', 'log_mass', 0., 'plan_sharp'),
+    ('marginals', 'share', 0., 'plan_mass'),
+    ('cosine_gate', 'token_mass', 0., 'cosine_mass'),
 ])
 def test_special_cases(name, parameter, value, control):
     attention, q, k = layer(name)
@@ -111,6 +113,15 @@ def test_half():
     weights = attention.attention_weights(q, k)
     torch.testing.assert_close(weights[:, 0], layer('plan')[0].attention_weights(q, k)[:, 0])
     torch.testing.assert_close(weights[:, 1], layer('cosine')[0].attention_weights(q, k)[:, 1])
+
+
+def test_gate():
+    attention, q, k = layer('marginals')
+    plain = attention.attention_weights(q, k)
+    set_parameter(attention.token_mass, 0.01)
+    sums = attention.attention_weights(q, k).sum(-1)
+    torch.testing.assert_close(sums, 16 * (0.01 * q.sum(-1)).exp())
+    assert (sums - plain.sum(-1)).abs().max() > 0.1
 
 
 def test_half_of_an_odd_number_of_heads():

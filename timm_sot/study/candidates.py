@@ -34,6 +34,7 @@ class Candidate(NamedTuple):
     identity: bool = False
     contrast: bool = False
     mass: Optional[float] = None
+    gate: bool = False
     reach: Optional[float] = None
 
 
@@ -60,6 +61,10 @@ CANDIDATES: Dict[str, Candidate] = {
     **_with_control('plan_contrast', 'differences from the mean of the tokens scaled, from cosines', 'cosine_contrast',
                     contrast=True),
     **_with_control('plan_mass', 'each head has a mass of its own, from cosines', 'cosine_mass', factor=20., mass=16.),
+    'shares_mass': Candidate('as plan_mass, with shares', 'cosine_mass', weights='shares', factor=20., mass=16.),
+    'marginals': Candidate('as shares_mass, and the mass of each token is predicted', 'cosine_gate', weights='shares',
+                           factor=20., mass=16., gate=True),
+    'cosine_gate': Candidate('control of marginals', None, weights='softmax', factor=20., mass=16., gate=True),
     **_with_control('plan_mass_4', "as plan_mass, from a smaller mass and plan's factor", 'cosine_mass_4', mass=4.),
     **_with_control('plan_grid', 'a cost of the displacement on the grid is learned, from cosines', 'cosine_grid',
                     reach=math.inf),
@@ -93,6 +98,7 @@ class CandidateAttention(SOTAttention):
     identity        (1 - sigmoid(iota_h)) weights + sigmoid(iota_h) identity
     contrast        weights + omega_h (weights - 1/N)
     mass            mu_h weights
+    gate            exp(g_h.q_i) mu_h weights, g_h being learned
     reach           s_ij + tau_h r_h(i - j), r_h being a table over the displacements on the grid of the tokens that
                     starts from that of a Gaussian kernel, -|i - j|^2 / (2 reach^2 tau_h); infinity for none
     """
@@ -120,6 +126,8 @@ class CandidateAttention(SOTAttention):
             self.contrast = per_head(0.)
         if candidate.mass:
             self.log_mass = per_head(math.log(candidate.mass))
+        if candidate.gate:
+            self.token_mass = nn.Parameter(weight.new_zeros(self.num_heads, self.head_dim, 1))
         if candidate.reach:
             if grid_size is None:
                 raise ValueError('the model has no grid_size, the height and width of its grid of tokens.')
@@ -181,7 +189,8 @@ class CandidateAttention(SOTAttention):
         if self.candidate.contrast:
             weights = weights + self.contrast * (weights - 1 / N)
         if self.candidate.mass:
-            weights = weights * self.log_mass.exp()
+            log_mass = self.log_mass + q @ self.token_mass if self.candidate.gate else self.log_mass
+            weights = weights * log_mass.exp()
         return weights
 
 
