@@ -9,7 +9,7 @@ import torch
 from timm_sot import attention_maps
 from timm_sot.study.data import Images, StudyData
 from timm_sot.study.engine import PRECISIONS, Recipe, Trainer, batch_sizes, train_epoch
-from timm_sot.viz.maps import row_entropy
+from timm_sot.viz.maps import common_part, row_entropy
 
 DEVICE = torch.device('cpu')
 
@@ -91,13 +91,13 @@ def test_reset_and_load_state():
     assert [tensor.data_ptr() for tensor in trainer.model.state_dict().values()] == addresses
 
 
-def test_attention_entropy():
+def test_attention_statistics():
     """That of the model as it is, at even spacing over the test images, and training goes on as if it had not been."""
     data = make_data(num_test=16)
     trainer, _ = make_trainer(Recipe(epochs=2, batch_size=3), name='cct_2_sot_q', data=data)
     first = train(trainer, epochs=[0])
     trainer.model.train()  # it must look at the model in evaluation mode
-    found = trainer.attention_entropy(num_images=8)
+    found = trainer.attention_statistics(num_images=8)
     assert first + train(trainer, epochs=[1]) == train(make_trainer(
         Recipe(epochs=2, batch_size=3), name='cct_2_sot_q', data=data)[0])
 
@@ -106,23 +106,25 @@ def test_attention_entropy():
     maps = attention_maps(trainer.model.eval(), trainer.normalize(data.test.images[::2]))
     for name, record in maps.items():
         expected = row_entropy(record['weights']).mean(dim=(0, 2)).tolist()
-        assert found[name] == pytest.approx(expected, abs=2e-9) and all(1 - 1e-3 < value < 1 for value in found[name])
+        assert found['entropy'][name] == pytest.approx(expected, abs=2e-9)
+        assert all(1 - 1e-3 < value < 1 for value in found['entropy'][name])
+        assert found['common'][name] == pytest.approx(common_part(record['weights']).mean(dim=0).tolist(), abs=1e-6)
 
 
-def test_attention_entropy_takes_the_batches_of_training():
+def test_attention_statistics_take_the_batches_of_training():
     """With `tol` the plan of an image depends on the rest of its batch."""
     data = make_data(num_test=16)
     values = []
     for batch_size in (1, 16):
         recipe = Recipe(epochs=1, batch_size=batch_size)
         trainer, _ = make_trainer(recipe, name='cct_2_sot_q_nosoftmax', data=data, tol=0.05)
-        values.append(trainer.attention_entropy()['blocks.0'])
+        values.append(trainer.attention_statistics()['entropy']['blocks.0'])
     assert values[0] != pytest.approx(values[1], abs=1e-5)
 
 
-def test_attention_entropy_of_a_model_without_attention():
+def test_attention_statistics_of_a_model_without_attention():
     trainer, _ = make_trainer(name='resnet10t')
-    assert trainer.attention_entropy() == {}
+    assert trainer.attention_statistics() == {'entropy': {}, 'common': {}}
 
 
 def test_models_do_not_disturb_each_other():

@@ -107,7 +107,7 @@ def test_missing_seeds(tmp_path):
 
 
 def test_tables_have_equal_columns(tmp_path):
-    rows = BASELINE + BETTER + SWEEP + make_row('pipe', {'a': 'x|y'}, [70.] * 5, entropy={'blocks.0': [0.5, 0.7]})
+    rows = BASELINE + BETTER + SWEEP + make_row('pipe', {'a': 'x|y'}, [70.] * 5, entropy={'blocks.0': [0.5, 0.7]}, common={'blocks.0': [0.5, 0.7]})
     write(tmp_path, rows)
     found = [lines for lists in tables(written(tmp_path)).values() for lines in lists]
     assert len(found) == 2 + 2 + 2 + 1  # the original's, a sweep, the others, entropy
@@ -257,20 +257,22 @@ def test_controls(tmp_path):
     assert 'their controls' not in written(tmp_path)
 
 
-def test_entropy(tmp_path):
+def test_attention(tmp_path):
     """Mean over the runs that measured it."""
-    near, far = (dict(entropy={'blocks.0': [a, b]}) for a, b in ((1 - 4e-5, 0.5), (1 - 2e-5, 1.)))
+    near, far = (
+        dict(entropy={'blocks.0': [a, b]}, common={'blocks.0': [c, d]})
+        for a, b, c, d in ((1 - 4e-5, 0.5, 0.6, 0.), (1 - 2e-5, 1., 0.8, 0.1)))
     rows = [*BASELINE, {**BETTER[0], **near}, {**BETTER[1], **far}, BETTER[2], *SWEEP,
-            *make_row('convolutions', {}, [70.], entropy={})]
+            *make_row('convolutions', {}, [70.], entropy={}, common={})]
     text = written(write(tmp_path, rows))
-    lines = [line[:4] for line in tables(text)['Entropy of the attention'][0][2:]]
-    assert ['`better sot_reg=0.1 sot_tol=0.1`', '2 of 3', '`blocks.0`', '3e-05, 0.25'] in lines
-    assert ['`cct_2`', '0 of 5', '', 'not measured'] in lines
-    assert ['`convolutions`', '1 of 1', '', 'no attention layer'] in lines
+    lines = tables(text)['The attention at the end of training'][0][2:]
+    assert ['`better sot_reg=0.1 sot_tol=0.1`', '2 of 3', '`blocks.0`', '3e-05, 0.25', '0.70, 0.05'] in lines
+    assert ['`cct_2`', '0 of 5', '', 'not measured', ''] in lines
+    assert ['`convolutions`', '1 of 1', '', 'no attention layer', ''] in lines
     swept = [line[0] for line in lines if 'cct_2_sot_qk' in line[0]]
     assert swept == ['`cct_2_sot_qk sot_reg=0.1 sot_tol=0.1`', '`cct_2_sot_qk sot_reg=1 sot_tol=0.1`']  # its ends
-    assert '- the entropy of the attention of 16 runs\n' in text
-    assert 'Entropy' not in written(write(tmp_path, BASELINE))
+    assert '- the attention of 16 runs\n' in text
+    assert 'The attention' not in written(write(tmp_path, BASELINE))
 
 
 @pytest.mark.parametrize('value, text', [(1., '< 1e-8'), (0.999959258, '4.1e-05'), (0.7, '0.3'), (float('nan'), 'nan')])

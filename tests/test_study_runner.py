@@ -31,12 +31,12 @@ def numbers(results):
     return [(result['model'], result['seed'], result['top1'], result['loss']) for result in results]
 
 
-def test_a_run_whose_entropy_does_not_fit_is_kept(folder, tmp_path, monkeypatch):
+def test_a_run_whose_attention_does_not_fit_is_kept(folder, tmp_path, monkeypatch):
     def too_much(self):
         raise torch.OutOfMemoryError('64 TiB')
 
-    monkeypatch.setattr(runner.Trainer, 'attention_entropy', too_much)
-    with pytest.warns(UserWarning, match='cct_2 seed 5: the entropy of its attention is not measured: 64 TiB'):
+    monkeypatch.setattr(runner.Trainer, 'attention_statistics', too_much)
+    with pytest.warns(UserWarning, match='cct_2 seed 5: its attention is not looked at: 64 TiB'):
         result, = run(folder, tmp_path, rows=ROWS[:1])
     assert tuple(result) == KEYS
 
@@ -86,12 +86,13 @@ def test_results(folder, capsys):
     results = run(folder)
     assert [(result['model'], result['kwargs']) for result in results] == ROWS
     for result in results:
-        assert tuple(result) == (*KEYS, 'entropy') and json.loads(json.dumps(result)) == result
+        assert tuple(result) == (*KEYS, 'entropy', 'common') and json.loads(json.dumps(result)) == result
         assert result['seed'] == 5 and result['epochs'] == len(result['top1']) == len(result['loss']) == 2
         assert result['final'] == result['top1'][-1] and result['best'] == max(result['top1'])
         assert result['versions']['torch'] == torch.__version__ and result['data'].startswith('tiny 24+8 sha256:')
         assert result['device'].endswith('float32') and result['seconds'] > 0
-        assert {name: len(heads) for name, heads in result['entropy'].items()} == {'blocks.0': 2, 'blocks.1': 2}
+        for key in ('entropy', 'common'):
+            assert {name: len(heads) for name, heads in result[key].items()} == {'blocks.0': 2, 'blocks.1': 2}
     assert results[0]['loss'] != results[1]['loss']
     assert 'cct_2_sot_q sot_iters=2 seed 5: top-1' in capsys.readouterr().err
 

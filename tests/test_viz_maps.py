@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from timm.layers import Attention
 from torch import nn
 
-from timm_sot import SOTAttention, apply_sot, attention_maps
+from timm_sot import SOTAttention, apply_sot, attention_maps, sinkhorn
 from timm_sot.attention import VARIANTS
-from timm_sot.viz.maps import attention_entropy, row_entropy
+from timm_sot.viz.maps import attention_entropy, attention_statistics, common_part, row_entropy
 
 TINY = dict(img_size=32, patch_size=8, depth=2, embed_dim=48, num_heads=3, num_classes=5)
 SOT = [variant for variant in VARIANTS if variant != 'softmax']
@@ -325,6 +325,26 @@ def test_attention_entropy(make, variant):
         torch.testing.assert_close(entropies[name], row_entropy(record['weights']), rtol=0, atol=1e-9)
     after = state(model)
     assert after[0] == before[0] and all(torch.equal(after[1][name], value) for name, value in before[1].items())
+
+
+def test_common_part():
+    weights = torch.randn(2, 3, 8, 8).softmax(-1)
+    same = weights[..., :1, :].expand(-1, -1, 8, -1)
+    torch.testing.assert_close(common_part(same), torch.ones(2, 3).double())
+    plan = sinkhorn(torch.randn(2, 3, 8, 8), iters=200).exp()
+    assert common_part(plan).max() < 1e-6
+    assert (common_part(torch.ones(2, 8, 8)) == 0).all()
+    # half of the rows look at one token, half at another: the mean row differs half as much from their own mean
+    two = F.one_hot(torch.tensor([0, 1] * 4), 8).float()
+    assert common_part(3 * two).item() == pytest.approx((2 * 0.375 ** 2 + 6 / 64) / (0.875 ** 2 + 7 / 64))
+
+
+def test_attention_statistics():
+    model = make_vit('sot_qk')
+    found = attention_statistics(model, make_images(), [row_entropy, common_part])
+    for name, record in attention_maps(model, make_images()).items():
+        assert len(found[name]) == 2
+        torch.testing.assert_close(found[name][1], common_part(record['weights']), rtol=1e-4, atol=1e-9)
 
 
 def test_attention_entropy_restores_a_model_that_fails():

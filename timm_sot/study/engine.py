@@ -19,7 +19,7 @@ from timm.scheduler import create_scheduler_v2
 from torch import nn
 
 from ..patch import attention_layers
-from ..viz.maps import attention_entropy
+from ..viz.maps import attention_statistics, common_part, row_entropy
 from .augment import epoch_seed
 from .data import Images, normalizer
 
@@ -204,8 +204,8 @@ class Trainer:
         with self._on_stream():
             return 100 * self.correct.item() / n, self.loss_sum.item() / n
 
-    def attention_entropy(self, num_images: int = 512) -> Dict[str, List[float]]:
-        """Entropy of the model's attention weights relative to that of uniform weights, see `row_entropy`.
+    def attention_statistics(self, num_images: int = 512) -> Dict[str, Dict[str, List[float]]]:
+        """What the model's attention weights are like: `entropy`, see `row_entropy`, and `common`, see `common_part`.
 
         The model runs eagerly and in evaluation mode, without random numbers, in batches of the size that it trained
         with: SOT with `tol` depends on the batch.
@@ -214,24 +214,28 @@ class Trainer:
             num_images: Number of test images, spread evenly over them.
 
         Returns:
-            A value for each head, the mean over queries and images, by the name of the layer's block; empty for a
-            model without attention layers of a known class.
+            For each of the two a value for each head, the mean over images and, of the entropy, queries, by the name of
+            the layer's block; empty for a model without attention layers of a known class.
         """
         try:
             attention_layers(self.model)
         except ValueError:
-            return {}
+            return {'entropy': {}, 'common': {}}
         self.model.eval()
         total = len(self.test.labels)
         count = min(num_images, total)
-        sums: Dict[str, torch.Tensor] = {}
+        sums: Dict[str, torch.Tensor] = {}  # (2, H) by layer
         with self._on_stream():
             for index in (torch.arange(count, device=self.device) * total // count).split(len(self.arange)):
                 with self._autocast():
-                    entropies = attention_entropy(self.model, self.normalize(self.test.images[index]))
-                for name, values in entropies.items():  # (B, H, N)
-                    sums[name] = sums.get(name, 0) + values.mean(dim=2).sum(dim=0)
-            return {name: [round(value, 9) for value in (values / count).tolist()] for name, values in sums.items()}
+                    statistics = attention_statistics(
+                        self.model, self.normalize(self.test.images[index]), [row_entropy, common_part])
+                for name, (entropy, common) in statistics.items():  # (B, H, N), (B, H)
+                    sums[name] = sums.get(name, 0) + torch.stack([entropy.mean(dim=2), common]).sum(dim=1)
+            return {
+                key: {name: [round(value, 9) for value in (values[i] / count).tolist()]
+                      for name, values in sums.items()}
+                for i, key in enumerate(('entropy', 'common'))}
 
     def _on_stream(self):
         return torch.cuda.stream(self.stream) if self.stream is not None else contextlib.nullcontext()

@@ -131,7 +131,7 @@ def describe(
     parts.append(format_controls(section, control))
     parts.extend(draw(section, baseline, sweeps, [*originals, *others], save))
     ends = [sweep.rows[value] for sweep in sweeps for value in (min(sweep.rows), max(sweep.rows))]
-    parts.append(format_entropy(section, list(dict.fromkeys([baseline, *originals, *others, *ends]))))
+    parts.append(format_attention(section, list(dict.fromkeys([baseline, *originals, *others, *ends]))))
     parts.append(format_missing(section, baseline, control))
     return [part for part in parts if part]
 
@@ -271,25 +271,32 @@ def format_controls(section: Section, control: Control) -> str:
             + format_table(table))
 
 
-def format_entropy(section: Section, rows: Sequence[str]) -> str:
-    """The table of attention entropies, by row and layer, '' where nothing was measured."""
+def format_attention(section: Section, rows: Sequence[str]) -> str:
+    """The table of what the attention is like, by row and layer, '' where nothing was measured."""
     rows = [row for row in rows if row in section.rows]
-    if not any(result.get('entropy') for row in rows for result in section.rows[row]):
+    if not any(result.get('common') for row in rows for result in section.rows[row]):
         return ''
-    labels, common = shorten(rows, rows[0])
-    table = [['row', 'runs measured', 'layer', '1 − H / log N, by head']]
+    labels, arguments = shorten(rows, rows[0])
+    table = [['row', 'runs measured', 'layer', '1 − H / log N, by head', 'common to all queries']]
     for row in rows:
-        measured = [result['entropy'] for result in section.rows[row] if 'entropy' in result]
+        measured = [result for result in section.rows[row] if 'common' in result]
         runs = f'{len(measured)} of {len(section.rows[row])}'
-        if not measured or not measured[0]:
-            table.append([f'`{labels[row]}`', runs, '', 'no attention layer' if measured else 'not measured'])
-        for layer in measured[0] if measured else ():
-            heads = [fmean(values) for values in zip(*(entropy[layer] for entropy in measured))]
-            table.append([f'`{labels[row]}`', runs, f'`{layer}`', ', '.join(map(format_gap, heads))])
-    return ('### Entropy of the attention\n\n'
-            'How far the entropy H of the attention weights over N tokens is from that of uniform weights, log N, at '
-            'the end of training: 0 is mean pooling, 1 looks at a single token. Mean over queries, images and the runs '
-            f'measured.{common}\n\n' + format_table(table))
+        layers = measured[0]['entropy'] if measured else ()
+        if not layers:
+            table.append([f'`{labels[row]}`', runs, '', 'no attention layer' if measured else 'not measured', ''])
+        for layer in layers:
+            entropies, common = (
+                [fmean(values) for values in zip(*(result[key][layer] for result in measured))]
+                for key in ('entropy', 'common'))
+            table.append([
+                f'`{labels[row]}`', runs, f'`{layer}`', ', '.join(map(format_gap, entropies)),
+                ', '.join(f'{value:.2f}' for value in common)])
+    return ('### The attention at the end of training\n\n'
+            'How far the entropy H of the attention weights over N tokens is from that of uniform weights, log N: 0 is '
+            'mean pooling, 1 looks at a single token. And how much of the difference from '
+            'uniform weights (sum of squares) all queries have in common: 1 if all look at the same tokens, 0 if every '
+            'token is looked at alike, as in a doubly stochastic matrix. Means over queries, images and the runs '
+            f'measured.{arguments}\n\n' + format_table(table))
 
 
 def format_gap(entropy: float) -> str:
@@ -328,9 +335,9 @@ def format_missing(section: Section, baseline: str, control: Control) -> str:
         name = control_row(section, row, control)
         if name and name not in section.rows:
             missing.append(f'`{name}`, the control of `{row}`')
-    unmeasured = sum('entropy' not in result for result in section.results)
+    unmeasured = sum('common' not in result for result in section.results)
     if unmeasured:
-        missing.append(f'the entropy of the attention of {count(unmeasured, "run")}')
+        missing.append(f'the attention of {count(unmeasured, "run")}')
     if not missing:
         return ''
     return ('### What is missing\n\n' + ''.join(f'- {item}\n' for item in missing)

@@ -129,8 +129,8 @@ def run_study(
     Returns:
         The results of all finished runs of the study, in the order of its rows and seeds, ready for JSON: `top1`
         (percent) and `loss` are those on the test images after each epoch, `best` and `final` the highest and the last
-        top-1, `seconds` the time of training and testing, shared equally by runs that trained at once, `entropy` that
-        of the attention at the end, see `Trainer.attention_entropy`.
+        top-1, `seconds` the time of training and testing, shared equally by runs that trained at once, `entropy`
+        and `common` what the attention is like at the end, see `Trainer.attention_statistics`.
 
     Raises:
         RunsFailed: If runs failed on the cluster, once all others are finished.
@@ -320,9 +320,9 @@ class Session:
             'best': max(top1s), 'final': top1s[-1], 'top1': top1s, 'loss': record['loss'],
             'seconds': record['seconds'], **self.about}
         try:
-            result['entropy'] = trainer.attention_entropy()
+            result.update(trainer.attention_statistics())
         except RuntimeError as e:  # out of memory: the weights of all tokens are in it at once
-            warnings.warn(f'{run.row} seed {run.seed}: the entropy of its attention is not measured: {e}')
+            warnings.warn(f'{run.row} seed {run.seed}: its attention is not looked at: {e}')
         self.store.finish(run, result, trainer.model.state_dict())
         self.progress.done(run, result)
 

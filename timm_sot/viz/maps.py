@@ -1,7 +1,7 @@
 """ The matrices of a model's attention layers, taken from its own forward pass """
 import math
 from contextlib import ExitStack, contextmanager
-from typing import Any, Dict, Iterator
+from typing import Any, Callable, Dict, Iterator, Sequence
 
 import torch
 from timm.layers import Attention
@@ -11,7 +11,7 @@ from ..attention import SOTAttention, _sot_attention_weights
 from ..patch import attention_layers
 from ..transform import autocast_disabled
 
-__all__ = ['attention_entropy', 'attention_maps', 'row_entropy']
+__all__ = ['attention_entropy', 'attention_maps', 'attention_statistics', 'common_part', 'row_entropy']
 
 
 @torch.no_grad()
@@ -46,28 +46,38 @@ def attention_maps(model: nn.Module, images: torch.Tensor) -> Dict[str, Dict[str
     return {name: record for name, record in maps.items() if record}
 
 
-@torch.no_grad()
 def attention_entropy(model: nn.Module, images: torch.Tensor) -> Dict[str, torch.Tensor]:
-    """Run a model and return the entropy of the rows of the attention weights of all its attention layers.
+    """The :func:`row_entropy` of the attention weights of a model's layers, (B, H, N), see `attention_statistics`."""
+    return {name: values for name, (values,) in attention_statistics(model, images, [row_entropy]).items()}
 
-    As :func:`attention_maps` with :func:`row_entropy` of its 'weights', but no layer's matrices are kept.
+
+@torch.no_grad()
+def attention_statistics(
+        model: nn.Module,
+        images: torch.Tensor,
+        statistics: Sequence[Callable[[torch.Tensor], torch.Tensor]],
+) -> Dict[str, Sequence[torch.Tensor]]:
+    """Run a model and return functions of the attention weights of all its attention layers.
+
+    As these functions of the 'weights' of :func:`attention_maps`, but no layer's matrices are kept.
 
     Args:
         model: Any model that :func:`timm_sot.apply_sot` accepts, in the mode in which it is to be looked at.
         images: What the model takes, (B, C, H, W).
+        statistics: Functions of weights (B, H, N, N), such as `row_entropy` and `common_part`.
 
     Returns:
-        For each attention layer that ran, by the name of its block, entropies relative to uniform weights, (B, H, N).
+        For each attention layer that ran, by the name of its block, the values of the functions.
 
     Raises:
         ValueError: If the model has no attention layer of a known class.
     """
     model = getattr(model, '_orig_mod', model)
-    entropies = {}
+    values = {}
 
     def keep(name):
         def hook(module, args, weights):
-            entropies[name] = row_entropy(weights)
+            values[name] = [statistic(weights) for statistic in statistics]
         return hook
 
     with ExitStack() as stack:
@@ -77,7 +87,7 @@ def attention_entropy(model: nn.Module, images: torch.Tensor) -> Dict[str, torch
             stack.callback(handle.remove)
         stack.enter_context(buffers_kept(model))
         model(images)
-    return entropies
+    return values
 
 
 @contextmanager
@@ -155,6 +165,24 @@ def row_entropy(weights: torch.Tensor) -> torch.Tensor:
     Rows that do not sum to 1, those of the variants without softmax, are divided by their sum first. In float64, since
     for weights that differ from uniform ones by a small part it differs from 1 by about the square of that.
     """
-    weights = weights.double() if weights.device.type != 'mps' else weights.float()
-    weights = weights / weights.sum(dim=-1, keepdim=True)
+    weights = unit_rows(weights)
     return torch.special.entr(weights).sum(dim=-1) / math.log(weights.shape[-1])
+
+
+def common_part(weights: torch.Tensor) -> torch.Tensor:
+    """How much of what distinguishes weights from uniform ones is the same for all queries, (..., N, N) -> (...).
+
+    1 if all queries look at the same tokens, whose columns have large sums then; 0 if every column has the same sum, as
+    in a doubly stochastic matrix, or the weights are uniform. It is the sum of squares of the mean row's differences
+    from 1/N, as a share of that of all rows'. Rows are divided by their sum first.
+    """
+    differences = unit_rows(weights) - 1 / weights.shape[-1]
+    common = differences.mean(dim=-2).square().sum(dim=-1)
+    total = differences.square().sum(dim=-1).mean(dim=-1)
+    return torch.where(total > 0, common / total, 0.)
+
+
+def unit_rows(weights: torch.Tensor) -> torch.Tensor:
+    """The rows divided by their sums, in float64 where the device has it."""
+    weights = weights.double() if weights.device.type != 'mps' else weights.float()
+    return weights / weights.sum(dim=-1, keepdim=True)
