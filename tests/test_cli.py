@@ -73,7 +73,12 @@ def test_report_without_an_extra(package, monkeypatch, tmp_path, capsys):
     (['study', '--ray', '127.0.0.1:1', '--cpus-per-run', '0'], '--cpus-per-run: must be above 0'),
     (['study', '--ray', '--gpus-per-run', '2'], '--gpus-per-run must be above 0 and at most 1'),
     (['study', '--ray', '--device', 'cuda:0'], "device 'cuda:0' cannot be used with Ray"),
-    (['study', '--fraction', '2'], '--fraction: must be between 0 and 1'),
+    (['study', '--fraction', '2'], '--fraction: must be above 0 and at most 1'),
+    (['study', '--holdout', '1'], '--holdout: must be at least 0 and below 1'),
+    (['study', '--smoothing', '5'], '--smoothing: must be at least 0 and below 1'),
+    (['study', '--preset', 'seed'], '--preset seed is a study of CIFAR-10; name the folder of its images with --data-dir'),
+    (['study', '--cpus-per-run', '2'], '--cpus-per-run and --gpus-per-run are of runs on a Ray cluster'),
+    (['attention', 'compare', '--checkpoint', 'a', 'b', '--untrained'], 'leave one of them out'),
     (['study', 'reports'], "invalid choice: 'reports'"),
     (['study', 'report'], 'required: DIR'),
     (['study', '--epochs', '3', '--out', 'run', 'report', '.'], '--epochs, --out before report'),
@@ -118,18 +123,21 @@ def test_grid(monkeypatch):
 
     monkeypatch.setattr('timm_sot.study.runner.run_study', run_study)
     assert main(['study', '--preset', 'seed', '--models', 'cct_2_sot_qk', '--grid', 'sot_reg=0.1,0.5', 'sot_iters=3,5',
-                 '--model-kwargs', 'pos_embed=sine', '--seed', '7', '8', '--epochs', '2', '--device', 'cpu']) == 0
+                 '--model-kwargs', 'pos_embed=sine', '--seed', '7', '8', '--epochs', '2', '--device', 'cpu', '--data-dir', 'x']) == 0
     assert asked['study'].rows == [
-        ('cct_2_sot_qk', {'pos_embed': 'sine', 'sot_reg': reg, 'sot_iters': iters})
+        ('cct_2_sot_qk', {'sot_reg': reg, 'sot_tol': 0.1, 'pos_embed': 'sine', 'sot_iters': iters})
         for reg in (0.1, 0.5) for iters in (3, 5)]
     assert asked['study'].seeds == [7, 8]
     assert asked['recipe'].epochs == 2 and asked['recipe'].batch_size == 128 and asked['recipe'].schedule == 'original'
     assert asked['study'].holdout == 0.
 
-    assert main(['study', '--preset', 'candidates', '--models', 'cct_2', '--grid', 'candidate=plan,cosine']) == 0
-    assert asked['study'].rows == [('cct_2', {'candidate': 'plan'}), ('cct_2', {'candidate': 'cosine'})]
+    assert main(['study', '--preset', 'seed', '--models', 'cct_4', 'cct_2_sot_q', '--data-dir', 'x']) == 0
+    assert asked['study'].rows == [('cct_4', {}), ('cct_2_sot_q', {'sot_reg': 0.1, 'sot_tol': 0.1})]
+    assert main(['study', '--preset', 'candidates', '--models', 'cct_2', '--grid', 'candidate=plan,cosine',
+                 '--data-dir', 'x']) == 0
+    assert {kwargs['candidate'] for _, kwargs in asked['study'].rows} == {'plan', 'cosine'}
     assert asked['study'].holdout == 0.1 and asked['recipe'].epochs == 30
-    assert main(['study', '--preset', 'candidates', '--holdout', '0']) == 0
+    assert main(['study', '--preset', 'candidates', '--holdout', '0', '--data-dir', 'x']) == 0
     assert asked['study'].holdout == 0.
 
 

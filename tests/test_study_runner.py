@@ -2,6 +2,7 @@
 import builtins
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -133,6 +134,43 @@ def test_continues_where_runs_are_apart(folder, tmp_path):
     run(folder, tmp_path, recipe=Recipe(epochs=3, batch_size=10), time_limit=0.)
     (tmp_path / 'checkpoints' / 'cct_2-seed-5-epochs-3.pt').unlink()
     assert numbers(run(folder, tmp_path, recipe=Recipe(epochs=3, batch_size=10))) == numbers(whole)
+
+
+def test_continues_elsewhere(folder, tmp_path, monkeypatch):
+    """The result names every device, commit and version that had a part in it."""
+    monkeypatch.setattr(runner, 'device_name', lambda device, recipe: 'A')
+    run(folder, tmp_path, rows=ROWS[:1], time_limit=0.)
+    monkeypatch.setattr(runner, 'device_name', lambda device, recipe: 'B')
+    monkeypatch.setattr(runner, 'versions', lambda: {'torch': '9', 'timm': timm.__version__})
+    result, = run(folder, tmp_path, rows=ROWS[:1])
+    assert result['device'] == 'A then B'
+    assert result['versions'] == {'torch': f'{torch.__version__} then 9', 'timm': timm.__version__}
+
+
+def test_a_folder_holds_one_set_of_images(folder, tmp_path):
+    """Weights of other images would replace those that are there; another name of the folder changes nothing."""
+    first = run(folder, tmp_path / 'out', rows=ROWS[:1])
+    moved = shutil.copytree(folder, tmp_path / 'moved')
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runner, 'train_epoch', None)
+        assert run(str(moved), tmp_path / 'out', rows=ROWS[:1]) == first
+    with pytest.raises(UserError, match=r'other settings \(data tiny 24\+8 sha256:.* there, tiny 12\+8 .* here'):
+        runner.run_study(Study(ROWS[:1], (5,), folder, fraction=0.5), RECIPE, DEVICE, str(tmp_path / 'out'), workers=0)
+
+
+def test_a_row_or_seed_named_twice_is_one(folder):
+    result, = run(folder, rows=[ROWS[0], ROWS[0]], seeds=(5, 5))
+    assert (result['model'], result['seed']) == ('cct_2', 5)
+
+
+@pytest.mark.parametrize('rows, message', [
+    ([('cct_2', {'in_chans': 1})], r'cct_2 with .*in_chans.* does not take images of shape \(3, 32, 32\): .*channels'),
+    ([('cct_2', {'img_size': 32}), ('cct_2', {'img_size': 48})], 'cct_2 32x32, cct_2 48x48'),
+    ([('cct_2_sot_qkt', {'img_size': 48})], 'does not take images of shape .*needs N = D'),
+])
+def test_rows_that_do_not_fit(folder, rows, message):
+    with pytest.raises(UserError, match=message):
+        run(folder, rows=rows)
 
 
 def test_corrupt_line_is_redone(folder, tmp_path):

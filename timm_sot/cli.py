@@ -40,6 +40,25 @@ def _number(kind, minimum, exclusive=False):
     return parse
 
 
+def _part(text: str) -> float:
+    """An argparse type: at least 0 and below 1."""
+    value = float(text)
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f'must be at least 0 and below 1, got {text}')
+    return value
+
+
+def _share(text: str) -> float:
+    """An argparse type: above 0, and 1 at most."""
+    value = float(text)
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f'must be above 0 and at most 1, got {text}')
+    return value
+
+
+_part.__name__ = _share.__name__ = 'float'  # argparse names the type in its messages
+
+
 def _add_study(commands) -> None:
     parser = commands.add_parser(
         'study', help='train models side by side and compare them',
@@ -51,8 +70,9 @@ def _add_study(commands) -> None:
                             'variants, five seeds, 30 epochs of the original recipe; sweep: sot_qk over the '
                             'regularization, and softmax; candidates: new forms and their controls, on a validation '
                             'split. The other options change it (default: %(default)s)')
-    group.add_argument('--models', nargs='+', metavar='NAME', help='timm models, the first of which gives the others '
-                       'their initial values')
+    group.add_argument('--models', nargs='+', metavar='NAME',
+                       help='timm models, the first of which gives the others their initial values; of those that a '
+                            'preset has, its rows')
     group.add_argument('--model-kwargs', nargs='*', default={}, action=_ModelKwargs, metavar='KEY=VALUE',
                        help='arguments of every model, e.g. sot_reg=0.5')
     group.add_argument('--grid', nargs='*', default={}, action=_ModelKwargs, metavar='KEY=VALUE,VALUE',
@@ -61,7 +81,7 @@ def _add_study(commands) -> None:
     group.add_argument('--data-dir', default='', metavar='DIR',
                        help='folder, or tar archive, with train/<class>/ and val/<class>/ or test/<class>/')
     group.add_argument('--fraction', type=_share, default=1., help='share of the training images to use')
-    group.add_argument('--holdout', type=_share,
+    group.add_argument('--holdout', type=_part,
                        help='share of the training images to test on, in place of the test images (default: none, 0.1 '
                             'for candidates)')
 
@@ -70,7 +90,7 @@ def _add_study(commands) -> None:
     group.add_argument('--batch-size', type=_number(int, 1))
     group.add_argument('--lr', type=_number(float, 0, exclusive=True), help='peak learning rate')
     group.add_argument('--weight-decay', type=_number(float, 0))
-    group.add_argument('--smoothing', type=_number(float, 0), help='label smoothing')
+    group.add_argument('--smoothing', type=_part, help='label smoothing')
     group.add_argument('--schedule', choices=['cosine', 'original'])
     group.add_argument('--augment', nargs='*', choices=['autoaugment', 'autoaugment-gray', 'crop', 'flip'],
                        help='in this order; default without a preset: crop, and flip for folders')
@@ -93,7 +113,7 @@ def _add_study(commands) -> None:
                        help="make each run a task of Ray: of the cluster at HOST:PORT; for 'auto' of the one on this "
                             'machine; without ADDRESS of the one that RAY_ADDRESS names, or else of one that is '
                             'started here for the study')
-    group.add_argument('--cpus-per-run', type=_number(float, 0, exclusive=True), default=1., metavar='N',
+    group.add_argument('--cpus-per-run', type=_number(float, 0, exclusive=True), metavar='N',
                        help='CPUs and threads of a run (default: 1)')
     group.add_argument('--gpus-per-run', type=_number(float, 0, exclusive=True), metavar='N',
                        help='share of a GPU of a run (default: 1 / PARALLEL, on a GPU)')
@@ -132,16 +152,6 @@ def _report(study: argparse.ArgumentParser, args: argparse.Namespace) -> int:
     return 0
 
 
-def _share(text: str) -> float:
-    value = float(text)
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f'must be between 0 and 1, got {text}')
-    return value
-
-
-_share.__name__ = 'float'
-
-
 def _study(args: argparse.Namespace) -> int:
     from itertools import product
 
@@ -150,8 +160,13 @@ def _study(args: argparse.Namespace) -> int:
     from .study.runner import RunsFailed, format_table, resolve_device, run_study
 
     rows, seeds, settings, holdout = PRESETS[args.preset]
+    if args.preset != 'quick' and not args.data_dir:
+        raise UserError(f'--preset {args.preset} is a study of CIFAR-10; name the folder of its images with --data-dir.')
+    if args.ray is None and (args.cpus_per_run or args.gpus_per_run):
+        raise UserError('--cpus-per-run and --gpus-per-run are of runs on a Ray cluster; they need --ray.')
     if args.models:
-        rows = [(model, {}) for model in args.models]
+        rows = [row for name in args.models
+                for row in [row for row in rows if row[0] == name] or [(name, {})]]
     values = [
         value if isinstance(value, (tuple, list)) else value.split(',') if isinstance(value, str) else [value]
         for value in args.grid.values()]
@@ -171,7 +186,7 @@ def _study(args: argparse.Namespace) -> int:
     else:
         from .study.cluster import Cluster
 
-        cluster = Cluster(args.ray, args.device, args.cpus_per_run, args.gpus_per_run)
+        cluster = Cluster(args.ray, args.device, args.cpus_per_run or 1., args.gpus_per_run)
     failure = None
     try:
         results = run_study(
@@ -221,7 +236,7 @@ def _add_attention(commands) -> None:
                               '(default: %(default)s)')
         sub.add_argument('--checkpoint', nargs='+', default=[], metavar='FILE',
                          help='weights of the models, a file for each (default: their pretrained weights, if any)')
-        sub.add_argument('--untrained', action='store_true', help='random weights for models without a --checkpoint')
+        sub.add_argument('--untrained', action='store_true', help='random weights')
         sub.add_argument('--model-kwargs', nargs='*', default={}, action=_ModelKwargs, metavar='KEY=VALUE',
                          help='arguments of every model, e.g. sot_reg=0.5')
         sub.add_argument('--image', default='', metavar='PATH', help='image, or folder of images (default: digits)')
@@ -268,6 +283,8 @@ def _attention(args: argparse.Namespace) -> int:
 
     from .viz.inputs import first_line, load_models
 
+    if args.checkpoint and args.untrained:
+        raise UserError('--checkpoint names the weights, and --untrained asks for none; leave one of them out.')
     models = load_models(args.models, args.checkpoint, args.untrained, args.model_kwargs, args.seed)
     names, images = zip(*_images(args))
     options = {

@@ -23,9 +23,9 @@ from timm.models import clean_state_dict, save_for_hf
 from torch import nn
 
 from . import __version__
-from .study.data import TEST_SPLITS
 from .errors import UserError
-from .study.store import Run
+from .study.data import TEST_SPLITS, same_images
+from .study.store import NOT_RECIPE, Run
 
 __all__ = ['Checkpoint', 'Score', 'evaluate', 'export', 'read_checkpoint']
 
@@ -145,7 +145,10 @@ def read_study(path: str, weights: Dict[str, torch.Tensor]) -> Checkpoint:
     result, others, settings = find_result(Path(path))
     model, kwargs = result['model'], result['kwargs']
     first, _ = settings.get('first', (model, kwargs))
-    options = {key: value for key, value in settings.items() if key != 'first'}
+    options = {key: value for key, value in settings.items() if key not in NOT_RECIPE}
+    options.update(
+        (key, settings[key]) for key, default in (('fraction', 1.), ('holdout', 0.))
+        if settings.get(key, default) != default)
     words = ['timm-sot', 'study', '--models', *dict.fromkeys((first, model))]
     if kwargs:
         words += ['--model-kwargs', *(f'{key}={value}' for key, value in kwargs.items())]
@@ -169,7 +172,7 @@ def read_study(path: str, weights: Dict[str, torch.Tensor]) -> Checkpoint:
         ('Commit of timm-sot', result['commit'] or 'not recorded'),
         *((key.replace('_', ' ').capitalize(), value) for key, value in options.items()),
     ]
-    command = ' '.join(map(shlex.quote, words)) + ('' if name == 'digits' else ' --data-dir DIR')
+    command = ' '.join(map(shlex.quote, words)) + ('' if name == 'digits' else ' --data-dir DIR') + ' --out run'
     return Checkpoint(
         model, kwargs, weights, name, [(key, plain(value)) for key, value in facts], command,
         [f'One run of {result["epochs"]} epochs with one seed, its last epoch; another seed gives another number.'])
@@ -191,7 +194,7 @@ def find_result(path: Path) -> Tuple[Dict[str, Any], List[float], Dict[str, Any]
         if path.stem in runs:
             run, result = runs[path.stem]
             others = [other['final'] for other_run, other in runs.values()
-                      if (other_run._replace(seed=run.seed), other['data']) == (run, result['data'])]
+                      if other_run._replace(seed=run.seed) == run and same_images(other['data'], result['data'])]
             settings = folder / 'study.json'
             return result, others, json.loads(settings.read_text()) if settings.is_file() else {}
     raise UserError(f'there is no result of {path.stem} in a results.jsonl beside {path} or above its folder; export '

@@ -16,8 +16,9 @@ from torch.utils.data import DataLoader
 
 from ..errors import UserError, missing_extra
 
-__all__ = ['Images', 'StudyData', 'fingerprint', 'load_data', 'normalizer', 'subset']
+__all__ = ['VALIDATION', 'Images', 'StudyData', 'fingerprint', 'load_data', 'normalizer', 'same_images', 'subset']
 
+VALIDATION = ' (validation)'  # in the name of data that are measured on validation images
 TRAIN_SPLITS = ('train', 'training')
 TEST_SPLITS = ('val', 'valid', 'validation', 'eval', 'evaluation', 'test')
 
@@ -85,7 +86,8 @@ def load_archive(path: str, img_size: Tuple[int, int], workers: int = 0) -> Stud
         entries = os.listdir(folder)
         inner = os.path.join(folder, entries[0]) if len(entries) == 1 else folder
         data = load_folder(inner if os.path.isdir(inner) else folder, img_size, workers)
-    return data._replace(name=os.path.basename(path).split('.')[0])
+    suffix = VALIDATION if data.name.endswith(VALIDATION) else ''
+    return data._replace(name=os.path.basename(path).split('.')[0] + suffix)
 
 
 def load_folder(root: str, img_size: Tuple[int, int], workers: int = 0) -> StudyData:
@@ -108,6 +110,8 @@ def load_folder(root: str, img_size: Tuple[int, int], workers: int = 0) -> Study
         differ = sorted(set(classes) ^ set(test.reader.class_to_idx))
         raise UserError(f'{folders[0]} and {folders[1]} hold different classes: {", ".join(differ[:5])}.')
     name = os.path.basename(os.path.abspath(root))
+    if os.path.basename(folders[1]) != 'test':
+        name += VALIDATION
     return StudyData(
         name, decode(train, img_size, workers), decode(test, img_size, workers), len(classes), flip=True)
 
@@ -132,7 +136,7 @@ def subset(data: StudyData, fraction: float = 1., holdout: float = 0.) -> StudyD
     order = torch.randperm(len(train.labels), generator=torch.Generator().manual_seed(0))
     if holdout:
         held, order = order.tensor_split([max(1, round(holdout * len(order)))])
-        data = data._replace(test=train.select(held), name=f'{data.name} (validation)')
+        data = data._replace(test=train.select(held), name=data.name.removesuffix(VALIDATION) + VALIDATION)
     kept = order[:max(1, round(fraction * len(order)))]
     return data._replace(train=train.select(kept.sort().values)) if holdout or fraction < 1 else data
 
@@ -143,6 +147,11 @@ def fingerprint(data: StudyData) -> str:
     for tensor in (*data.train, *data.test):
         digest.update(tensor.contiguous().numpy().data)
     return f'{data.name} {len(data.train.labels)}+{len(data.test.labels)} sha256:{digest.hexdigest()[:16]}'
+
+
+def same_images(fingerprint: str, other: str) -> bool:
+    """Whether two fingerprints are of the same images; a folder may have another name elsewhere."""
+    return fingerprint.split()[-2:] == other.split()[-2:]
 
 
 def normalizer(mean: Tuple[float, ...], std: Tuple[float, ...], device: torch.device):

@@ -60,20 +60,21 @@ def input_size(rows: Sequence[Row]) -> Tuple[int, int]:
     Raises:
         UserError: If a model is unknown or the models disagree.
     """
-    sizes = {}
+    sizes: Dict[Tuple[int, int], str] = {}
     for name, kwargs in rows:
         if not timm.is_model(name):
             close = difflib.get_close_matches(name, timm.list_models(), n=5)
             hint = f'did you mean {", ".join(close)}?' if close else 'timm.list_models() has the names.'
             raise UserError(f'unknown model {name!r}; {hint}')
-        sizes[name] = to_2tuple(kwargs['img_size']) if 'img_size' in kwargs \
+        size = to_2tuple(kwargs['img_size']) if 'img_size' in kwargs \
             else timm.get_pretrained_cfg(name).input_size[-2:]
-    if len(set(sizes.values())) > 1:
-        listed = ', '.join(f'{name} {height}x{width}' for name, (height, width) in sizes.items())
+        sizes.setdefault(tuple(size), name)
+    if len(sizes) > 1:
+        listed = ', '.join(f'{name} {height}x{width}' for (height, width), name in sizes.items())
         raise UserError(
             f'the models of a study see the same images, these differ in size: {listed}; '
             f'choose models of one size, or one for all with --model-kwargs img_size=32.')
-    return next(iter(sizes.values()))
+    return next(iter(sizes))
 
 
 def build_model(row: Row, num_classes: int, seed: int) -> nn.Module:
@@ -87,6 +88,18 @@ def build_model(row: Row, num_classes: int, seed: int) -> nn.Module:
         return model if candidate is None else apply_candidate(model, candidate)
     except (TypeError, ValueError) as e:
         raise UserError(f'cannot create {name} with {row[1] or "its defaults"}: {e}') from e
+
+
+def check_row(row: Row, data: StudyData) -> None:
+    """Raise a UserError for a model that cannot be created, or that does not take the images."""
+    model = build_model(row, data.num_classes, 0).eval()
+    try:
+        with torch.no_grad():
+            model(data.test.images[:2].float())
+    except Exception as e:
+        raise UserError(
+            f'{row[0]} with {row[1] or "its defaults"} does not take images of shape '
+            f'{tuple(data.test.images.shape[1:])}: {(str(e).strip().splitlines() or [type(e).__name__])[0]}') from e
 
 
 def initial_state(row: Row, first: Row, num_classes: int, seed: int) -> Dict[str, torch.Tensor]:
@@ -141,18 +154,21 @@ def run_study(
         raise missing_extra(e) from e
 
     deadline = time.monotonic() + time_limit
+    # a row or a seed that is named twice is one
+    rows, seeds = list({Run(*row, 0, 0).row: row for row in study.rows}.values()), dict.fromkeys(study.seeds)
     data = subset(
-        load_data(study.data_dir, input_size(study.rows), augmenters(workers)), study.fraction, study.holdout)
-    for row in study.rows:  # all of its errors before the first run
-        build_model(row, data.num_classes, 0)
+        load_data(study.data_dir, input_size(rows), augmenters(workers)), study.fraction, study.holdout)
+    for row in rows:  # all of its errors before the first run
+        check_row(row, data)
     store = Store(out)
     name = fingerprint(data)
-    settings = {**asdict(recipe), 'first': study.rows[0]}
+    settings = {
+        **asdict(recipe), 'data': name, 'fraction': study.fraction, 'holdout': study.holdout, 'first': rows[0]}
     del settings['epochs']
     model, kwargs = store.settle(settings)['first']
     first = model, kwargs
 
-    runs = [Run(model, kwargs, seed, recipe.epochs) for seed in study.seeds for model, kwargs in study.rows]
+    runs = [Run(model, kwargs, seed, recipe.epochs) for seed in seeds for model, kwargs in rows]
     failed: List[str] = []
     with contextlib.ExitStack() as stack:
         claimed = [run for run in runs if stack.enter_context(store.claim(run))]  # others are another process's
@@ -216,7 +232,8 @@ class Session:
         """
         self.first, self.data, self.recipe, self.device = first, data, recipe, device
         self.store, self.progress, self.graphs, self.deadline = store, progress, graphs, deadline
-        self.about = {'device': device_name(device, recipe), 'versions': versions(), 'commit': commit(), 'data': name}
+        self.name = name
+        self.about = {'device': device_name(device, recipe), 'versions': versions(), 'commit': commit()}
         self.epoch = Images(*(torch.zeros_like(tensor, device=device) for tensor in data.train))
         self.test = data.test.to(device)
         self.trainers: Dict[str, Trainer] = {}
@@ -276,8 +293,10 @@ class Session:
             if checkpoint is not None:
                 trainer.load_state(checkpoint['state'])
             trainers.append(trainer)
-            records.append({key: checkpoint[key] for key in ('epoch', 'top1', 'loss', 'seconds')} if checkpoint
-                           else {'epoch': 0, 'top1': [], 'loss': [], 'seconds': 0.})
+            records.append({'epoch': 0, 'top1': [], 'loss': [], 'seconds': 0., 'about': []})
+            records[-1].update((key, checkpoint[key]) for key in records[-1] if checkpoint and key in checkpoint)
+            if self.about not in records[-1]['about']:
+                records[-1]['about'].append(self.about)
             self.progress.begin(run, records[-1]['epoch'], len(trainer.train_sizes))
 
         begin = time.monotonic()
@@ -312,19 +331,30 @@ class Session:
     def _keep(self, run: Run, record: Dict[str, Any], trainer: Trainer) -> None:
         """Store a run after an epoch."""
         if record['epoch'] < run.epochs:
-            self.store.save(run, {'data': self.about['data'], **record, 'state': trainer.state()})
+            self.store.save(run, {'data': self.name, **record, 'state': trainer.state()})
             return
         top1s = record['top1']
         result = {
             'model': run.model, 'kwargs': run.kwargs, 'seed': run.seed, 'epochs': run.epochs,
             'best': max(top1s), 'final': top1s[-1], 'top1': top1s, 'loss': record['loss'],
-            'seconds': record['seconds'], **self.about}
+            'seconds': record['seconds'], **joined(record['about']), 'data': self.name}
         try:
             result.update(trainer.attention_statistics())
         except RuntimeError as e:  # out of memory: the weights of all tokens are in it at once
             warnings.warn(f'{run.row} seed {run.seed}: its attention is not looked at: {e}')
         self.store.finish(run, result, trainer.model.state_dict())
         self.progress.done(run, result)
+
+
+def joined(about: Sequence[Dict[str, Any]]) -> Dict[str, Any]:
+    """What is known of a run that was continued elsewhere: 'A then B' where the parts differ."""
+    def join(values):
+        return ' then '.join(dict.fromkeys(value for value in values if value)) or values[-1]
+
+    versions = {key: join([part['versions'].get(key) for part in about]) for key in about[-1]['versions']}
+    return {
+        'device': join([part['device'] for part in about]), 'versions': versions,
+        'commit': join([part['commit'] for part in about])}
 
 
 def format_table(results: Sequence[Dict[str, Any]]) -> str:
@@ -366,7 +396,7 @@ def device_name(device: torch.device, recipe: Recipe) -> str:
 def versions() -> Dict[str, str]:
     """Versions of what the numbers depend on."""
     return {
-        'python': platform.python_version(), 'torch': torch.__version__, 'timm': timm.__version__,
+        'python': platform.python_version(), 'torch': str(torch.__version__), 'timm': timm.__version__,
         'timm_sot': __version__}
 
 

@@ -7,9 +7,10 @@ import os
 from typing import Dict, List, NamedTuple, Sequence, Tuple
 
 from ..errors import UserError
+from .data import VALIDATION, same_images
 from .original import is_original
 from .statistics import Result
-from .store import Run, read_lines
+from .store import NOT_RECIPE, Run, read_lines
 
 __all__ = ['Section', 'Sweep', 'count', 'find_sweeps', 'read_sources', 'results_path', 'split']
 
@@ -29,7 +30,7 @@ class Section(NamedTuple):
     @property
     def images(self) -> str:
         """What the top-1 is measured on."""
-        return 'validation images' if '(validation)' in self.data else 'test images'
+        return 'validation images' if VALIDATION in self.data else 'test images'
 
     @property
     def original(self) -> bool:
@@ -52,6 +53,7 @@ def read_sources(sources: Sequence[str]) -> Tuple[List[Result], List[str], str]:
     """Results of all sources, with their `recipe`; what is to be said about reading them; the default baseline."""
     results: Dict[Tuple, Result] = {}
     notes, firsts = [], []
+    names: Dict[str, str] = {}  # of the same images, the first
     for source in sources:
         path = results_path(source)
         try:
@@ -67,7 +69,7 @@ def read_sources(sources: Sequence[str]) -> Tuple[List[Result], List[str], str]:
         try:
             with open(settings_path) as f:
                 settings = json.load(f)
-            recipe = json.dumps({key: value for key, value in settings.items() if key != 'first'}, sort_keys=True)
+            recipe = json.dumps({key: value for key, value in settings.items() if key not in NOT_RECIPE}, sort_keys=True)
             firsts.append(Run(*settings['first'], 0, 0).row)
         except FileNotFoundError:
             recipe = ''
@@ -76,6 +78,8 @@ def read_sources(sources: Sequence[str]) -> Tuple[List[Result], List[str], str]:
             raise UserError(f'{settings_path} cannot be read ({e}).') from e
         repeated = 0
         for result in map(json.loads, good):
+            result['data'] = next((name for name in names if same_images(name, result['data'])), result['data'])
+            names.setdefault(result['data'], '')
             # runs of an unknown recipe are comparable with those of their own file only
             result['recipe'], result['source'] = recipe, '' if recipe else path
             key = (*place(result), row_of(result), result['seed'])

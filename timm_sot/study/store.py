@@ -21,16 +21,19 @@ import torch
 from safetensors.torch import save_file
 
 from ..errors import UserError
+from .data import same_images
 
 try:
     import fcntl
 except ImportError:  # not there on Windows: one process to a folder
     fcntl = None
 
-__all__ = ['KEYS', 'Run', 'Store', 'read_lines']
+__all__ = ['KEYS', 'NOT_RECIPE', 'Run', 'Store', 'read_lines']
 
 KEYS = ('model', 'kwargs', 'seed', 'epochs', 'best', 'final', 'top1', 'loss', 'seconds', 'device', 'versions', 'commit',
         'data')
+
+NOT_RECIPE = ('data', 'fraction', 'holdout', 'first')  # what study.json holds beside the recipe
 
 
 class Run(NamedTuple):
@@ -85,7 +88,9 @@ class Store:
                 return settings
             except ValueError as e:
                 raise UserError(f'{path} cannot be read ({e}); choose another folder.') from e
-        differ = [key for key in settings if key != 'first' and settings[key] != old.get(key)]
+        differ = [
+            key for key in settings if key != 'first' and settings[key] != old.get(key)
+            and not (key == 'data' and same_images(settings[key], old.get(key, '')))]
         if differ:
             listed = ', '.join(f'{key} {old.get(key)} there, {settings[key]} here' for key in differ)
             raise UserError(f'{self.folder} holds a study with other settings ({listed}); choose another folder.')
@@ -106,7 +111,7 @@ class Store:
                 with open(self._path('results.corrupt'), 'ab') as f:
                     f.writelines(line + b'\n' for line in bad)
                 write_file(path, b''.join(line + b'\n' for line in good))
-        return [result for result in map(json.loads, good) if result['data'] == data]
+        return [result for result in map(json.loads, good) if same_images(result['data'], data)]
 
     def append(self, result: Dict[str, Any]) -> None:
         """Add the line of a finished run."""
@@ -143,7 +148,7 @@ class Store:
         except Exception as e:
             warnings.warn(f'{path} cannot be read, its run begins anew: {type(e).__name__}: {e}')
             return None
-        return checkpoint if checkpoint['data'] == data else None
+        return checkpoint if same_images(checkpoint['data'], data) else None
 
     def finish(self, run: Run, result: Dict[str, Any], weights: Dict[str, torch.Tensor]) -> None:
         """Keep weights and result of a finished run."""
