@@ -1,13 +1,24 @@
 """ Images of a study """
 import builtins
+import shutil
 import tarfile
 
 import pytest
 import torch
 from PIL import Image
 
-from timm_sot.study.data import Images, StudyData, fingerprint, load_data, normalizer, subset
 from timm_sot.errors import UserError
+from timm_sot.study.data import (
+    HELD_OUT,
+    VALIDATION,
+    Images,
+    StudyData,
+    fingerprint,
+    load_data,
+    normalizer,
+    same_images,
+    subset,
+)
 
 
 def make_data(num_train=10, flip=True):
@@ -115,3 +126,19 @@ def test_normalizer():
         / torch.tensor([0.1, 0.2, 0.3])[:, None, None]
     assert normalized.dtype == torch.float32
     torch.testing.assert_close(normalized.double(), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_same_images():
+    data = make_data()
+    assert same_images(fingerprint(data), fingerprint(data._replace(name='a name with spaces')))
+    other = make_data()
+    other.test.images[0, 0, 0, 0] += 1
+    assert not same_images(fingerprint(data), fingerprint(other))
+
+
+def test_images_of_val_are_validation_images(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / 'tiny')
+    (tmp_path / 'tiny' / 'test').rename(tmp_path / 'tiny' / 'val')
+    data = load_data(str(tmp_path / 'tiny'), (8, 8))
+    assert data.name == 'tiny' + VALIDATION and load_data(folder, (8, 8)).name == 'tiny'
+    assert subset(data, holdout=0.1).name == 'tiny' + HELD_OUT

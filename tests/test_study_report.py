@@ -53,9 +53,10 @@ def test_numbers(tmp_path):
     rows = table(written(tmp_path), 'Other rows')
     assert [*rows] == ['cct_2', 'better', 'higher', 'worse']
     # mean and standard deviation by hand: deviations 0.24, -0.46, 0.04, 0.44, -0.26
-    assert rows['cct_2'] == ['`cct_2`', '5', '76.06 ± 0.36', '75.61 to 76.51', '', '', '', '', '1.0000', '22.0']
+    assert rows['cct_2'] == ['`cct_2`', '5', '76.06 ± 0.36', '75.61 to 76.51', '', '', '', '', '1.0000']
     # differences 0.8, 1.1, 0.9, 1.1, 1.1: mean 1, sd 0.1414, 2.776 sd / sqrt(5) = 0.176; t = 15.81
     assert rows['better'][4:8] == ['**+1.00**', '+0.82 to +1.18', '5', '< 0.001']
+    assert 'on average 22 s of training' in written(tmp_path)
     assert rows['worse'][4].startswith('−2.1') and float(rows['worse'][7].removeprefix('< ')) < 0.05
     text = written(tmp_path)
     assert 'Above `cct_2`: `better`. Below: `worse`. Undecided: `higher`.' in text
@@ -188,10 +189,10 @@ def test_baseline(tmp_path):
 def test_original_rows(tmp_path):
     rows = [line for model, kwargs in PRESETS['seed'][0] for line in make_row(model, kwargs, [70., 71.5])]
     text = written(write(tmp_path, rows))
-    found = table(text, 'The rows of the original experiment')
+    found = table(text, 'The rows of the original experiment', 1)  # the best epoch, as they were
     assert [line[-1] for line in found.values()] == [
         '78.14', '76.65 (−1.49)', '74.96 (−3.18)', '75.14 (−3.00)', '76.88 (−1.26)', '76.76 (−1.38)']
-    assert tables(text)['The rows of the original experiment'][0][0][-1] == 'original, n = 1'
+    assert tables(text)['The rows of the original experiment'][1][0][-1] == 'original, n = 1'
     assert 'of the 41 rows of `timm-sot study --preset sweep`: 39 rows' in text
     assert 'Other rows' not in text and 'All rows\n' not in text
 
@@ -260,11 +261,12 @@ def test_controls(tmp_path):
 def test_attention(tmp_path):
     """Mean over the runs that measured it."""
     near, far = (
-        dict(entropy={'blocks.0': [a, b]}, common={'blocks.0': [c, d]})
+        dict(entropy={'blocks.0': [a, b]}, common={'blocks.0': [c, d]}, looked_at='on a CPU, commit abc')
         for a, b, c, d in ((1 - 4e-5, 0.5, 0.6, 0.), (1 - 2e-5, 1., 0.8, 0.1)))
     rows = [*BASELINE, {**BETTER[0], **near}, {**BETTER[1], **far}, BETTER[2], *SWEEP,
             *make_row('convolutions', {}, [70.], entropy={}, common={})]
     text = written(write(tmp_path, rows))
+    assert 'from its weights: on a CPU, commit abc.\n' in text
     lines = tables(text)['The attention at the end of training'][0][2:]
     assert ['`better sot_reg=0.1 sot_tol=0.1`', '2 of 3', '`blocks.0`', '3e-05, 0.25', '0.70, 0.05'] in lines
     assert ['`cct_2`', '0 of 5', '', 'not measured', ''] in lines

@@ -63,3 +63,12 @@ def test_sweeps(tmp_path):
     assert [(sweep.argument, sweep.name, [*sweep.rows]) for sweep in sweeps] == [
         ('x', f'a y={y}', [1, 2, 3, 4]) for y in (1, 2, 3)]
     assert sweeps[1].rows[4] == 'a x=4 y=2'
+
+
+def test_the_same_images_by_another_name(tmp_path):
+    """Runs on one machine and on another, where the folder is called otherwise, are of one section."""
+    one = write(tmp_path / 'one', BASELINE[:2])
+    two = write(tmp_path / 'two', [{**line, 'data': line['data'].replace('cifar10', 'elsewhere')} for line in BASELINE[2:]])
+    results, _, _ = read_sources([one, two])
+    section, = split(results)
+    assert len(section.rows['cct_2']) == 5 and section.data == BASELINE[0]['data']

@@ -16,9 +16,10 @@ from torch.utils.data import DataLoader
 
 from ..errors import UserError, missing_extra
 
-__all__ = ['VALIDATION', 'Images', 'StudyData', 'fingerprint', 'load_data', 'normalizer', 'same_images', 'subset']
+__all__ = ['HELD_OUT', 'VALIDATION', 'Images', 'StudyData', 'fingerprint', 'load_data', 'normalizer', 'same_images', 'subset']
 
-VALIDATION = ' (validation)'  # in the name of data that are measured on validation images
+# in the name of data that are not measured on test images but on some of train/, or on those of val/
+HELD_OUT, VALIDATION = ' (validation)', ' (val/)'
 TRAIN_SPLITS = ('train', 'training')
 TEST_SPLITS = ('val', 'valid', 'validation', 'eval', 'evaluation', 'test')
 
@@ -136,7 +137,7 @@ def subset(data: StudyData, fraction: float = 1., holdout: float = 0.) -> StudyD
     order = torch.randperm(len(train.labels), generator=torch.Generator().manual_seed(0))
     if holdout:
         held, order = order.tensor_split([max(1, round(holdout * len(order)))])
-        data = data._replace(test=train.select(held), name=data.name.removesuffix(VALIDATION) + VALIDATION)
+        data = data._replace(test=train.select(held), name=data.name.removesuffix(VALIDATION) + HELD_OUT)
     kept = order[:max(1, round(fraction * len(order)))]
     return data._replace(train=train.select(kept.sort().values)) if holdout or fraction < 1 else data
 

@@ -22,7 +22,7 @@ COLORS = ('black', BLUE, ORANGE, '#009e73', '#cc79a7', '#56b4e9', '#e69f00')
 DASHES = ('-', '--', '-.', ':')
 GREY = '0.55'
 MEAN = dict(fmt='D', color=ORANGE, markersize=4, elinewidth=1.8)
-ORIGINAL = 'original experiment, one run each'
+ORIGINAL = 'original experiment, best epoch of one run each'
 
 Results = Sequence[Dict[str, Any]]
 

@@ -13,6 +13,7 @@ from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Optional, Seq
 from . import figures
 from ..errors import UserError
 from .candidates import control_of
+from .data import HELD_OUT
 from .original import ROWS, SWEEP
 from .presets import PRESETS, Row
 from .sections import Section, Sweep, count, find_sweeps, read_sources, results_path, split
@@ -23,7 +24,7 @@ __all__ = ['write_report']
 
 Control = Callable[[str, Dict[str, Any]], Optional[Row]]
 
-ENOUGH = 5  # seeds, of the presets
+ENOUGH = 5  # seeds of a row, for an interval that says something
 
 HOW_TO_READ = '''
 ## How to read it
@@ -38,8 +39,7 @@ HOW_TO_READ = '''
   else is. "Below" and "undecided" under a table follow the same two conditions.
 - The last epoch is what rows are compared in. The best epoch of a run is chosen on the images that it is then measured
   on, which makes it too high; it is reported beside it and nothing is bold there.
-- Loss is the mean cross-entropy of the last epoch on the same images. Seconds are those of training and testing, shared
-  equally by runs that trained at once.
+- Loss is the mean cross-entropy of the last epoch on the same images.
 '''
 
 
@@ -169,7 +169,7 @@ def draw(
         figure = figures.sweep(
             {value: section.rows[row] for value, row in sweep.rows.items()}, sweep.argument, sweep.name, section.images,
             baseline, against, {value: difference for value, difference in differences.items() if difference},
-            {reg: final for reg, (_, final) in SWEEP.items()} if is_theirs else None)
+            {reg: best for reg, (best, _) in SWEEP.items()} if is_theirs else None)
         parts.append(save(figure, re.sub(r'[^\w.]+', '-', f'sweep {sweep.argument} {sweep.name}'), (
             f'`{sweep.name}` over `{sweep.argument}`, top-1 after the last epoch: bands are the mean ± one standard '
             f'deviation over seeds; below, paired differences to `{baseline}` with 95 % intervals.')))
@@ -184,7 +184,7 @@ def format_header(section: Section, baseline: str) -> str:
         recipe = ', '.join(f'{key} {plain(value)}' for key, value in json.loads(section.recipe).items())
     sizes = re.search(r' (\d+)\+(\d+) ', section.data)
     images = f'{int(sizes[2]):,} {section.images}' if sizes else section.images
-    if images.endswith('validation images'):
+    if HELD_OUT in section.data:
         images += ' (held out of the training images; the test images play no part)'
     versions: Dict[str, List[str]] = {}
     for result in results:
@@ -196,7 +196,9 @@ def format_header(section: Section, baseline: str) -> str:
         f'Measured: top-1 in percent on the {images} of `{section.data}`',
         f'Training: {count(section.epochs, "epoch")}, {recipe}',
         f'Device: {section.device}',
-        f'Runs: {len(results)}, of {count(len(section.rows), "row")}, seeds {seeds}',
+        f'Runs: {len(results)}, of {count(len(section.rows), "row")}, seeds {seeds}; on average '
+        f'{fmean(result["seconds"] for result in results):.0f} s of training and testing, of which runs that trained at '
+        f'once have equal shares',
         'Versions: ' + ', '.join(f'{package} {" and ".join(unique(found))}' for package, found in versions.items())
         + f'; commit {commits}',
     ]
@@ -226,23 +228,20 @@ def format_tables(
                 format_interval(comparison.summary)]
         return line + format_difference(comparison, may_be_bold)[:len(header) - len(line)]
 
-    table = [[*header, 'loss', 'seconds'] + ['original, n = 1'] * with_published]
+    table = [[*header, 'loss']]
     for comparison in last:
-        results = section.rows[comparison.row]
-        line = cells(comparison, True) + [
-            f'{fmean(result["loss"][-1] for result in results):.4f}',
-            f'{fmean(result["seconds"] for result in results):.1f}']
-        if with_published:
-            line.append(format_published(comparison.row, baseline))
-        table.append(line)
+        loss = fmean(result['loss'][-1] for result in section.rows[comparison.row])
+        table.append([*cells(comparison, True), f'{loss:.4f}'])
     text = [f'### {title}\n', f'Last epoch.{common}\n', format_table(table)]
     if compared:
         text.append(format_verdict(last, labels, baseline))
+    table = [header + ['original, n = 1'] * with_published]
+    for comparison in best:
+        table.append(cells(comparison, False) + [format_published(comparison.row, baseline)] * with_published)
+    text += ['Best epoch, chosen on the images that it is measured on.\n', format_table(table)]
     if with_published:
-        text.append('The last column is what the original experiment published, one run of each row, so without a '
-                    'spread; in brackets the difference to its own run of the baseline.\n')
-    text += ['Best epoch, chosen on the images that it is measured on.\n',
-             format_table([header, *(cells(comparison, False) for comparison in best)])]
+        text.append('The last column is what the original experiment published, the best epoch of one run of each row, so '
+                    'without a spread; in brackets the difference to its own run of the baseline.\n')
     return '\n'.join(text)
 
 
@@ -291,12 +290,15 @@ def format_attention(section: Section, rows: Sequence[str]) -> str:
             table.append([
                 f'`{labels[row]}`', runs, f'`{layer}`', ', '.join(map(format_gap, entropies)),
                 ', '.join(f'{value:.2f}' for value in common)])
+    later = dict.fromkeys(
+        result['looked_at'] for row in rows for result in section.rows[row] if 'looked_at' in result)
+    note = f' Looked at after the run, from its weights: {"; ".join(later)}.' if later else ''
     return ('### The attention at the end of training\n\n'
             'How far the entropy H of the attention weights over N tokens is from that of uniform weights, log N: 0 is '
             'mean pooling, 1 looks at a single token. And how much of the difference from '
             'uniform weights (sum of squares) all queries have in common: 1 if all look at the same tokens, 0 if every '
             'token is looked at alike, as in a doubly stochastic matrix. Means over queries, images and the runs '
-            f'measured.{arguments}\n\n' + format_table(table))
+            f'measured.{arguments}{note}\n\n' + format_table(table))
 
 
 def format_gap(entropy: float) -> str:

@@ -7,7 +7,7 @@ import os
 from typing import Dict, List, NamedTuple, Sequence, Tuple
 
 from ..errors import UserError
-from .data import VALIDATION, same_images
+from .data import HELD_OUT, VALIDATION, same_images
 from .original import is_original
 from .statistics import Result
 from .store import NOT_RECIPE, Run, read_lines
@@ -30,7 +30,7 @@ class Section(NamedTuple):
     @property
     def images(self) -> str:
         """What the top-1 is measured on."""
-        return 'validation images' if VALIDATION in self.data else 'test images'
+        return 'validation images' if HELD_OUT in self.data or VALIDATION in self.data else 'test images'
 
     @property
     def original(self) -> bool:
