@@ -77,6 +77,8 @@ def test_report_without_an_extra(package, monkeypatch, tmp_path, capsys):
     (['study', '--holdout', '1'], '--holdout: must be at least 0 and below 1'),
     (['study', '--smoothing', '5'], '--smoothing: must be at least 0 and below 1'),
     (['study', '--preset', 'seed'], '--preset seed is a study of CIFAR-10; name the folder of its images with --data-dir'),
+    (['study', '--dataset-download'], '--dataset-download needs --dataset'),
+    (['study', '--dataset', 'torch/cifar11'], "dataset 'torch/cifar11' cannot be read"),
     (['study', '--cpus-per-run', '2'], '--cpus-per-run and --gpus-per-run are of runs on a Ray cluster'),
     (['attention', 'compare', '--checkpoint', 'a', 'b', '--untrained'], 'leave one of them out'),
     (['study', 'reports'], "invalid choice: 'reports'"),

@@ -240,7 +240,7 @@ def play(stand_in, models=('a',), of=Cluster(), deadline=float('inf'), parallel=
     store, progress = Store(''), Progress(runs, 0)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Cluster, 'connect', lambda self: nullcontext(stand_in))
-        with of.session(('a', {}), StudyData('', images, images, 2, False), '', recipe(2), store, progress, True,
+        with of.session(('a', {}), StudyData('', images, images, 2), '', recipe(2), store, progress, True,
                         deadline) as session:
             failed = session.run(runs, {run.name: None for run in runs}, parallel, workers)
     progress.close()
@@ -324,7 +324,7 @@ def test_shares():
 def test_worker():
     """What a task does and sends, in this process."""
     images = Images(torch.zeros(4, 3, 32, 32, dtype=torch.uint8), torch.tensor([0, 1, 0, 1]))
-    data = StudyData('', images, images, 2, False)
+    data = StudyData('', images, images, 2)
     run = Run('cct_2', {}, 0, 2)
     setting = dict(first=('cct_2', {}), name='these', recipe=recipe(2), graphs=True, device='cpu', threads=2, workers=0)
     threads = torch.get_num_threads()

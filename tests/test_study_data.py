@@ -1,11 +1,13 @@
 """ Images of a study """
 import builtins
+import pickle
 import shutil
 import tarfile
 
 import pytest
 import torch
 from PIL import Image
+from torchvision import datasets
 
 from timm_sot.errors import UserError
 from timm_sot.study.data import (
@@ -21,17 +23,17 @@ from timm_sot.study.data import (
 )
 
 
-def make_data(num_train=10, flip=True):
+def make_data(num_train=10):
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(1, 256, (num_train, 3, 8, 8), dtype=torch.uint8, generator=generator)
     train = Images(images, torch.arange(num_train))
-    return StudyData('noise', train, train, num_train, flip)
+    return StudyData('noise', train, train, num_train)
 
 
 def test_digits():
     data = load_data('', (32, 32))
     assert data.train.images.shape == (1437, 3, 32, 32) and data.test.images.shape == (360, 3, 32, 32)
-    assert data.train.images.dtype == torch.uint8 and data.num_classes == 10 and not data.flip
+    assert data.train.images.dtype == torch.uint8 and data.num_classes == 10
     assert data.test.labels.bincount().min() >= 34
     again = load_data('', (32, 32))
     assert torch.equal(data.train.labels, again.train.labels) and torch.equal(data.test.images, again.test.images)
@@ -142,3 +144,36 @@ def test_images_of_val_are_validation_images(folder, tmp_path):
     data = load_data(str(tmp_path / 'tiny'), (8, 8))
     assert data.name == 'tiny' + VALIDATION and load_data(folder, (8, 8)).name == 'tiny'
     assert subset(data, holdout=0.1).name == 'tiny' + HELD_OUT
+
+
+@pytest.fixture
+def cifar10(tmp_path, monkeypatch):
+    """A folder with ten images of each set in the files of CIFAR-10, which are not asked for their checksums."""
+    monkeypatch.setattr(datasets.CIFAR10, '_check_integrity', lambda self: True)
+    folder = tmp_path / datasets.CIFAR10.base_folder
+    folder.mkdir()
+    for names, scale in ((datasets.CIFAR10.train_list, 1), (datasets.CIFAR10.test_list, 20)):
+        for i, (name, _) in enumerate(names):
+            pixels = torch.full((2, 3072), scale * (i + 1), dtype=torch.uint8).numpy()
+            (folder / name).write_bytes(pickle.dumps({'data': pixels, 'labels': [0, 9]}))
+    meta = datasets.CIFAR10.meta
+    (folder / meta['filename']).write_bytes(pickle.dumps({meta['key']: [*'abcdefghij']}))
+    monkeypatch.setitem(meta, 'md5', None)
+    return str(tmp_path)
+
+
+def test_named_dataset(cifar10):
+    data = load_data(cifar10, (32, 32), dataset='torch/cifar10')
+    assert data.name == 'cifar10' and data.num_classes == 10
+    assert data.train.images.shape == (10, 3, 32, 32) and data.test.images.shape == (2, 3, 32, 32)
+    assert data.train.images[:, 0, 0, 0].tolist() == [1, 1, 2, 2, 3, 3, 4, 4, 5, 5]
+    assert data.test.labels.tolist() == [0, 9] and (data.test.images == 20).all()
+
+
+@pytest.mark.parametrize('dataset, message', [
+    ('torch/cifar10', 'Dataset not found or corrupted.*--dataset-download downloads it'),
+    ('torch/cifar11', 'Unknown torchvision dataset'),
+])
+def test_named_dataset_that_is_not_there(tmp_path, dataset, message):
+    with pytest.raises(UserError, match=message):
+        load_data(str(tmp_path), (32, 32), dataset=dataset)

@@ -20,7 +20,7 @@ def make_data(num_train=32, num_test=16):
         labels = torch.arange(n) % 2
         noise = torch.randint(0, 100, (n, 3, 32, 32), generator=torch.Generator().manual_seed(n))
         return Images((noise + 150 * labels[:, None, None, None]).to(torch.uint8), labels)
-    return StudyData('brightness', images(num_train), images(num_test), 2, True)
+    return StudyData('brightness', images(num_train), images(num_test), 2)
 
 
 def make_trainer(

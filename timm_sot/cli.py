@@ -80,6 +80,10 @@ def _add_study(commands) -> None:
     group.add_argument('--seed', nargs='+', type=_number(int, 0), metavar='N')
     group.add_argument('--data-dir', default='', metavar='DIR',
                        help='folder, or tar archive, with train/<class>/ and val/<class>/ or test/<class>/')
+    group.add_argument('--dataset', default='', metavar='NAME',
+                       help="dataset in --data-dir as timm's train.py names it, e.g. torch/cifar10 (default: a folder of "
+                            'images)')
+    group.add_argument('--dataset-download', action='store_true', help='download the dataset where it is not there')
     group.add_argument('--fraction', type=_share, default=1., help='share of the training images to use')
     group.add_argument('--holdout', type=_part,
                        help='share of the training images to test on, in place of the test images (default: none, 0.1 '
@@ -160,8 +164,11 @@ def _study(args: argparse.Namespace) -> int:
     from .study.runner import RunsFailed, format_table, resolve_device, run_study
 
     rows, seeds, settings, holdout = PRESETS[args.preset]
-    if args.preset != 'quick' and not args.data_dir:
-        raise UserError(f'--preset {args.preset} is a study of CIFAR-10; name the folder of its images with --data-dir.')
+    if args.preset != 'quick' and not (args.data_dir or args.dataset):
+        raise UserError(f'--preset {args.preset} is a study of CIFAR-10; name the folder of its images with --data-dir, or '
+                        f'have it downloaded with --dataset torch/cifar10 --dataset-download --data-dir DIR.')
+    if args.dataset_download and not args.dataset:
+        raise UserError('--dataset-download needs --dataset, the name of what to download.')
     if args.ray is None and (args.cpus_per_run or args.gpus_per_run):
         raise UserError('--cpus-per-run and --gpus-per-run are of runs on a Ray cluster; they need --ray.')
     if args.models:
@@ -172,14 +179,15 @@ def _study(args: argparse.Namespace) -> int:
         for value in args.grid.values()]
     rows = [(model, {**kwargs, **args.model_kwargs, **dict(zip(args.grid, combination))})
             for model, kwargs in rows for combination in product(*values)]
-    settings = {'augment': ('crop', 'flip') if args.data_dir else ('crop',), **settings}
+    settings = {'augment': ('crop', 'flip') if args.data_dir or args.dataset else ('crop',), **settings}
     for key in ('epochs', 'batch_size', 'lr', 'weight_decay', 'smoothing', 'schedule', 'precision'):
         if getattr(args, key) is not None:
             settings[key] = getattr(args, key)
     if args.augment is not None:
         settings['augment'] = tuple(args.augment)
     holdout = holdout if args.holdout is None else args.holdout
-    study = Study(rows, args.seed or seeds, args.data_dir, args.fraction, holdout)
+    study = Study(
+        rows, args.seed or seeds, args.data_dir, args.dataset, args.dataset_download, args.fraction, holdout)
     device = cluster = None
     if args.ray is None:
         device = resolve_device(args.device)

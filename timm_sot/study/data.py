@@ -42,17 +42,26 @@ class StudyData(NamedTuple):
     train: Images
     test: Images
     num_classes: int
-    flip: bool  # whether a mirrored image is still one of its class
 
 
-def load_data(source: str, img_size: Tuple[int, int], workers: int = 0) -> StudyData:
+def load_data(
+        source: str,
+        img_size: Tuple[int, int],
+        workers: int = 0,
+        dataset: str = '',
+        download: bool = False,
+) -> StudyData:
     """Load images and resize them to `img_size`.
 
     Args:
         source: An image folder, a tar archive of one (of any compression), or '' for the digits of scikit-learn.
         img_size: Height and width.
         workers: Number of processes that decode.
+        dataset: A dataset as timm names it, such as 'torch/cifar10', which is then in the folder `source`.
+        download: Download the dataset where it is not there.
     """
+    if dataset:
+        return load_dataset(dataset, source, img_size, workers, download)
     if not source:
         return load_digits(img_size)
     if os.path.isfile(source):
@@ -72,8 +81,7 @@ def load_digits(img_size: Tuple[int, int]) -> StudyData:
     images = F.interpolate(images, img_size, mode='bicubic').round().clamp(0, 255)
     digits = Images(images.to(torch.uint8).repeat(1, 3, 1, 1), torch.from_numpy(labels).long())
     train, test = train_test_split(torch.arange(len(labels)).numpy(), test_size=0.2, stratify=labels, random_state=0)
-    return StudyData(
-        'digits', digits.select(torch.from_numpy(train)), digits.select(torch.from_numpy(test)), 10, flip=False)
+    return StudyData('digits', *(digits.select(torch.from_numpy(index)) for index in (train, test)), 10)
 
 
 def load_archive(path: str, img_size: Tuple[int, int], workers: int = 0) -> StudyData:
@@ -113,15 +121,35 @@ def load_folder(root: str, img_size: Tuple[int, int], workers: int = 0) -> Study
     name = os.path.basename(os.path.abspath(root))
     if os.path.basename(folders[1]) != 'test':
         name += VALIDATION
-    return StudyData(
-        name, decode(train, img_size, workers), decode(test, img_size, workers), len(classes), flip=True)
+    return StudyData(name, decode(train, img_size, workers), decode(test, img_size, workers), len(classes))
+
+
+def load_dataset(
+        name: str,
+        root: str,
+        img_size: Tuple[int, int],
+        workers: int = 0,
+        download: bool = False,
+) -> StudyData:
+    """A dataset that timm can create, with a split for training and one, or a test set, for validation."""
+    try:
+        train, test = (
+            create_dataset(name, root=root or None, split=split, download=download) for split in ('train', 'validation'))
+        images = decode(train, img_size, workers), decode(test, img_size, workers)
+    except Exception as e:
+        raise UserError(
+            f'dataset {name!r} cannot be read from {root or "the default folder"}: '
+            f'{(str(e).strip().splitlines() or [type(e).__name__])[0]} (--dataset takes what timm does, e.g. torch/cifar10, '
+            f'--data-dir the folder, and --dataset-download downloads it)') from e
+    return StudyData(name.split('/')[-1], *images, int(images[0].labels.max()) + 1)
 
 
 def decode(dataset, img_size: Tuple[int, int], workers: int = 0) -> Images:
     """Decode the images of a timm dataset, scaled and cropped to `img_size`."""
     dataset.transform = create_transform((3, *img_size), normalize=False, crop_pct=1.)  # uint8 tensors
     batches = list(DataLoader(dataset, batch_size=256, num_workers=workers if len(dataset) > 2000 else 0))
-    return Images(*(torch.cat(parts) for parts in zip(*batches)))
+    images, labels = (torch.cat(parts) for parts in zip(*batches))
+    return Images(images.expand(-1, 3, -1, -1).contiguous(), labels)  # of gray ones three equal channels
 
 
 def subset(data: StudyData, fraction: float = 1., holdout: float = 0.) -> StudyData:

@@ -15,6 +15,8 @@ class Study:
     rows: Sequence[Row]
     seeds: Sequence[int] = (0,)
     data_dir: str = ''  # the digits of scikit-learn
+    dataset: str = ''  # what timm calls a dataset in `data_dir`, '' for an image folder
+    download: bool = False
     fraction: float = 1.
     holdout: float = 0.
 

@@ -156,8 +156,8 @@ def run_study(
     deadline = time.monotonic() + time_limit
     # a row or a seed that is named twice is one
     rows, seeds = list({Run(*row, 0, 0).row: row for row in study.rows}.values()), dict.fromkeys(study.seeds)
-    data = subset(
-        load_data(study.data_dir, input_size(rows), augmenters(workers)), study.fraction, study.holdout)
+    whole = load_data(study.data_dir, input_size(rows), augmenters(workers), study.dataset, study.download)
+    data = subset(whole, study.fraction, study.holdout)
     for row in rows:  # all of its errors before the first run
         check_row(row, data)
     store = Store(out)
