@@ -94,6 +94,11 @@ def export(
         source = source._replace(kwargs=kwargs, facts=[
             *source.facts, ('Changed since training', f'{trained} in training, {now} in this model and its result')])
     folder = Path(out).resolve()
+    if checkpoint.endswith('.safetensors'):  # of a study, whose command leaves it in the folder `run`
+        words = ['timm-sot', 'export', f'run/checkpoints/{Path(checkpoint).name}', '--out', f'hub/{folder.name}']
+        words += ['--data-dir', 'DIR'] * bool(data_dir)
+        words += ['--model-kwargs', *(f'{key}={value}' for key, value in changed.items())] * bool(changed)
+        source = source._replace(command=f'{source.command}\n{shlex.join(words)}')
     strangers = sorted(p.name for p in folder.iterdir() if p.name not in FILES) if folder.is_dir() else []
     if strangers:
         raise UserError(f'{out} holds other files ({", ".join(strangers[:3])}); choose a folder of its own.')
