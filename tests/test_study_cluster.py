@@ -119,13 +119,13 @@ def test_lost_worker(two_workers, folder, tmp_path, capsys, monkeypatch):
 
 
 def test_an_error_in_a_run(two_workers, folder, tmp_path, capsys):
-    """144 tokens cannot be matched with 64 channels, which the model finds out when it runs."""
-    rows = [(model, dict(img_size=48)) for model in ('cct_2', 'cct_2_sot_qkt', 'cct_2_sot_q')]
-    message = '1 of 3 runs failed.*: cct_2_sot_qkt img_size=48 seed 5: ValueError: .*N = D'
+    """A layer cannot be kept with probability -1, which the model finds out when it trains."""
+    rows = [('cct_2', {}), ('cct_2_sot_q', dict(drop_path_rate=2.)), ('cct_2_sot_q', {})]
+    message = '1 of 3 runs failed.*: cct_2_sot_q drop_path_rate=2.0 seed 5: RuntimeError: .*p_in'
     with pytest.raises(RunsFailed, match=message) as e:
         run(folder, tmp_path, rows=rows)
     assert [result['model'] for result in e.value.results] == ['cct_2', 'cct_2_sot_q']
-    assert 'sot_qkt' in capsys.readouterr().err
+    assert 'drop_path_rate=2.0' in capsys.readouterr().err
     kept = Store(str(tmp_path)).finished(e.value.results[0]['data'])  # in the order in which they ended
     assert sorted(kept, key=lambda result: result['model']) == e.value.results
 
