@@ -3,6 +3,7 @@ import copy
 import math
 import re
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -221,6 +222,9 @@ def test_optimizer_from_before_still_trains(variant):
     ((-1,), [2]),
     ([-3, 1], [0, 1]),
     (range(2), [0, 1]),
+    (iter([0, 2]), [0, 2]),
+    ((i for i in (-1, 1)), [1, 2]),
+    (np.arange(2), [0, 1]),
     ([2, 2, -1], [2]),
     ([], []),
 ])
@@ -249,11 +253,13 @@ def test_blocks_out_of_range(blocks, index):
     assert snapshot(model) == before
 
 
-def test_blocks_of_the_wrong_type():
+@pytest.mark.parametrize('blocks', [2, [0, 0.5], '12'])
+def test_blocks_of_the_wrong_type(blocks):
     model = make_model()
     before = snapshot(model)
-    with pytest.raises(TypeError):
-        apply_sot(model, blocks=[0, 0.5])
+    message = f'blocks={blocks!r} must be None, for all, or integers in a list, such as blocks=[-1]'
+    with pytest.raises(ValueError, match=re.escape(message)):
+        apply_sot(model, blocks=blocks)
     assert snapshot(model) == before, 'the first layer was changed'
 
 

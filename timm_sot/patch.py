@@ -1,5 +1,6 @@
 """ Self-Optimal-Transport attention inside any timm model """
-from typing import Dict, Optional, Sequence
+import operator
+from typing import Dict, Iterable, Optional
 
 from timm.layers import Attention
 from torch import nn
@@ -16,7 +17,7 @@ def apply_sot(
         reg: float = 0.1,
         iters: int = 10,
         tol: Optional[float] = None,
-        blocks: Optional[Sequence[int]] = None,
+        blocks: Optional[Iterable[int]] = None,
 ) -> nn.Module:
     """Give the attention layers of a timm model Self-Optimal-Transport weights, in place.
 
@@ -42,11 +43,15 @@ def apply_sot(
             of its range; the model is then unchanged.
     """
     layers = attention_layers(model)
-    indices = range(len(layers)) if blocks is None else blocks
+    try:
+        indices = [operator.index(index) for index in (range(len(layers)) if blocks is None else blocks)]
+    except TypeError:
+        raise ValueError(
+            f'blocks={blocks!r} must be None, for all, or integers in a list, such as blocks=[-1].') from None
     for index in indices:
         if not -len(layers) <= index < len(layers):
             raise ValueError(
-                f'blocks={list(indices)} names attention layer {index}, but the model has {len(layers)} of them: '
+                f'blocks={indices} names attention layer {index}, but the model has {len(layers)} of them: '
                 f'choose from {-len(layers)} to {len(layers) - 1}, or None for all.')
     layers = list(layers.values())
     selected = [layers[index] for index in indices]
