@@ -344,6 +344,38 @@ def test_subclass_with_a_forward_of_its_own_is_left_alone():
         apply_sot(OtherAttention(48, 3))
 
 
+def test_subclass_of_sot_attention_keeps_its_class():
+    class Named(SOTAttention):
+        def extra_repr(self):
+            return 'mine'
+
+    model, x = apply_sot(make_model()), make_images()
+    model.blocks[1].attn.__class__ = Named
+    for variant in ('sot_q', 'softmax', 'sot_qk'):
+        apply_sot(model, variant, reg=0.3, iters=4)
+        assert type(model.blocks[1].attn) is Named
+        assert (model.blocks[1].attn.variant, model.blocks[1].attn.reg) == (variant, 0.3)
+        assert torch.equal(model(x), apply_sot(make_model(), variant, reg=0.3, iters=4)(x))
+
+
+@pytest.mark.parametrize('variant', ['sot_qk', 'softmax'])
+def test_subclass_with_weights_of_its_own_is_refused(variant):
+    class Scaled(SOTAttention):
+        def attention_weights(self, q, k, attn_mask=None, is_causal=False):
+            return self.factor * super().attention_weights(q, k, attn_mask, is_causal)
+
+    model = apply_sot(make_model(), 'sot_q')
+    model.blocks[1].attn.__class__ = Scaled
+    model.blocks[1].attn.factor = nn.Parameter(torch.ones(3, 1, 1))
+    before = snapshot(model)
+    for blocks, index in ((None, 1), ([0, -2], -2)):
+        with pytest.raises(ValueError, match=f'attention layer {index} is a .*Scaled, .* naming others in blocks'):
+            apply_sot(model, variant, blocks=blocks)
+        assert snapshot(model) == before
+    apply_sot(model, variant, blocks=[0, 2])
+    assert type(model.blocks[1].attn) is Scaled and model.blocks[1].attn.variant == 'sot_q'
+
+
 def test_qkt_needs_as_many_tokens_as_channels_when_it_runs():
     model = apply_sot(make_square_vit(), 'sot_qkt')
     out = model(make_images())

@@ -23,8 +23,9 @@ def apply_sot(
 
     Every `timm.layers.Attention` of the model becomes a :class:`SOTAttention` with the same parameters (the very same
     tensors), dropout rates, hooks, device, dtype and training mode. A layer that is one already changes its variant.
-    With `variant='softmax'` the layers become `timm.layers.Attention` again. Other modules, among them attention
-    layers of other classes and subclasses of `timm.layers.Attention` with a forward of their own, are left alone.
+    With `variant='softmax'` the layers become `timm.layers.Attention` again. A layer of a subclass of
+    :class:`SOTAttention` stays of its class. Other modules, among them attention layers of other classes and subclasses
+    of `timm.layers.Attention` with a forward of their own, are left alone.
 
     Args:
         model: Model with `timm.layers.Attention` layers: ViT, DeiT, CCT and others.
@@ -39,8 +40,9 @@ def apply_sot(
         The model that was passed in.
 
     Raises:
-        ValueError: If the model has no such layer, `blocks` names one that it does not have, or another argument is out
-            of its range; the model is then unchanged.
+        ValueError: If the model has no such layer, `blocks` names one that it does not have, a layer to change is of a
+            subclass with an `attention_weights` of its own, or another argument is out of its range; the model is then
+            unchanged.
     """
     layers = attention_layers(model)
     try:
@@ -55,22 +57,27 @@ def apply_sot(
                 f'choose from {-len(layers)} to {len(layers) - 1}, or None for all.')
     layers = list(layers.values())
     selected = [layers[index] for index in indices]
+    for index, layer in zip(indices, selected):
+        if isinstance(layer, SOTAttention) and type(layer).attention_weights is not SOTAttention.attention_weights:
+            raise ValueError(
+                f'attention layer {index} is a {type(layer).__qualname__}, which makes attention weights of its own and '
+                f'has no variants; leave it out by naming others in blocks.')
     check_variant(variant, reg, iters, tol)  # before the first layer is touched
 
     for layer in selected:
-        if variant == 'softmax':
-            if isinstance(layer, SOTAttention):
-                layer.clear_variant()
-                layer.__class__ = Attention
-        else:
+        if variant == 'softmax' and type(layer) is SOTAttention:
+            layer.clear_variant()
+            layer.__class__ = Attention
+        elif variant != 'softmax' or isinstance(layer, SOTAttention):
             distance = getattr(layer, 'distance', 'euclidean')
-            layer.__class__ = SOTAttention
+            if type(layer) is Attention:
+                layer.__class__ = SOTAttention
             layer.set_variant(variant, reg=reg, iters=iters, tol=tol, distance=distance)
     return model
 
 
 def attention_layers(model: nn.Module) -> Dict[str, Attention]:
-    """The attention layers of a model that `apply_sot` can change, by module name.
+    """The layers of a model with the forward of timm's Attention or of SOTAttention, by module name.
 
     Raises:
         ValueError: If it has none.
