@@ -13,6 +13,7 @@ from typing import Dict, List, Optional, Set, Tuple, Union
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import (
+    Attention,
     DropPath,
     Mlp,
     _assert,
@@ -35,9 +36,9 @@ from torch import nn
 from torch.jit import Final
 
 try:
-    from timm.models._input import update_model_input_size
-except ImportError:  # an older timm, which keeps no record of a model's input size
-    update_model_input_size = None
+    from timm.models._input import update_model_args, update_model_input_size
+except ImportError:  # an older timm, which keeps no record of what a model was changed to
+    update_model_args = update_model_input_size = None
 
 from .attention import SOTAttention
 from .weights import explained, packaged_weights, with_readable_folder
@@ -431,6 +432,15 @@ class CCT(nn.Module):
         if update_model_input_size is not None:
             update_model_input_size(self, self.img_size)
 
+    def record_attention(self) -> None:
+        """Record the attention of the layers, where all have the same, among the arguments that timm saves.
+
+        :func:`timm_sot.apply_sot` calls it.
+        """
+        args = [attention_args(block.attn) for block in self.blocks]
+        if update_model_args is not None and args and args[0] and args.count(args[0]) == len(args):
+            update_model_args(self, **args[0])
+
     def _check_size(self, x: torch.Tensor) -> None:
         if not self.dynamic_img_size:
             _assert(x.shape[-2] == self.img_size[0], f"Input height doesn't match model ({self.img_size[0]}).")
@@ -577,6 +587,15 @@ def check_global_pool(global_pool: str) -> None:
     """Raise ValueError for a pooling that CCT does not have."""
     if global_pool not in ('seq', 'avg', ''):
         raise ValueError(f"global_pool={global_pool!r} is unknown; choose one of ('seq', 'avg', '').")
+
+
+def attention_args(layer: Attention) -> Optional[Dict[str, Union[str, int, float, None]]]:
+    """The arguments of CCT that make an attention layer like this one, None if there are none."""
+    if type(layer) is Attention or type(layer) is SOTAttention and layer.variant == 'softmax':
+        return dict(attn='softmax')
+    if type(layer) is SOTAttention and layer.distance == 'euclidean':
+        return dict(attn=layer.variant, sot_reg=layer.reg, sot_iters=layer.iters, sot_tol=layer.tol)
+    return None
 
 
 def init_weights_cct(module: nn.Module, name: str = '') -> None:

@@ -27,6 +27,11 @@ def apply_sot(
     :class:`SOTAttention` stays of its class. Other modules, among them attention layers of other classes and subclasses
     of `timm.layers.Attention` with a forward of their own, are left alone.
 
+    Weights do not say what attention they are for. A CCT all of whose layers are given the same is saved by timm's
+    `save_for_hf` and `push_to_hf_hub` with the arguments `attn`, `sot_reg`, `sot_iters` and `sot_tol` for it, by versions
+    of timm that save the arguments of a model. Any other model is loaded with its former attention: call `apply_sot`
+    again.
+
     Args:
         model: Model with `timm.layers.Attention` layers: ViT, DeiT, CCT and others.
         variant: A key of `timm_sot.attention.VARIANTS`.
@@ -73,6 +78,9 @@ def apply_sot(
             if type(layer) is Attention:
                 layer.__class__ = SOTAttention
             layer.set_variant(variant, reg=reg, iters=iters, tol=tol, distance=distance)
+    for module in model.modules():
+        if hasattr(module, 'record_attention'):  # a CCT
+            module.record_attention()
     return model
 
 
