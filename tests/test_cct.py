@@ -298,7 +298,14 @@ def test_unknown_argument(name):
     (dict(attn='sot'), r"variant='sot' is unknown; choose one of \('softmax', 'sot_q'"),
     (dict(global_pool='token'), r"global_pool='token' is unknown; choose one of \('seq', 'avg', ''\)"),
     (dict(sot_reg=0.), r'reg=0\.0 must be a positive finite number'),
+    (dict(sot_reg='0.1'), r"reg='0\.1' must be a positive finite number"),
     (dict(sot_iters=0), r'iters=0 must be an integer of at least 1'),
+    (dict(sot_tol='none'), r"tol='none' must be None"),
+    *((dict([(name, value)]), rf'^{name}={value} must be an integer of at least 1')
+      for name in ('in_chans', 'embed_dim', 'depth', 'num_heads', 'kernel_size', 'n_conv_layers')
+      for value in (0, -1, 2.5)),
+    (dict(img_size=(32, 0)), r'width=0 must be an integer of at least 1'),
+    (dict(num_heads=3), r'embed_dim=128 must be a multiple of num_heads=3'),
 ])
 def test_argument_errors(kwargs, match):
     with pytest.raises(ValueError, match=match):
@@ -419,9 +426,9 @@ def test_img_size(size, pos_embed):
     assert model.grid_size == GRID[size]
     with torch.no_grad():
         assert model(images(*size)).shape == (2, 10)
-        with pytest.raises(AssertionError, match=rf"Input height doesn't match model \({size[0]}\)"):
+        with pytest.raises(AssertionError, match=rf"Input height \({size[0] + 4}\) doesn't match model \({size[0]}\)\."):
             model(images(size[0] + 4, size[1]))
-        with pytest.raises(AssertionError, match=rf"Input width doesn't match model \({size[1]}\)"):
+        with pytest.raises(AssertionError, match=rf"Input width \({size[1] + 4}\) doesn't match model \({size[1]}\)\."):
             model(images(size[0], size[1] + 4))
 
 

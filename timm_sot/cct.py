@@ -8,6 +8,7 @@ The `cct_*_sot_*` models replace the attention matrix by the Self-Optimal-Transp
 import logging
 import math
 import re
+from numbers import Integral
 from typing import Dict, List, Optional, Set, Tuple, Union
 
 import torch
@@ -291,8 +292,20 @@ class CCT(nn.Module):
         if pos_embed not in ('learn', 'sine', 'none'):
             raise ValueError(f"pos_embed={pos_embed!r} is unknown; choose one of ('learn', 'sine', 'none').")
         check_global_pool(global_pool)
-
         self.img_size = to_2tuple(img_size)
+        check_positive_integers(
+            height=self.img_size[0],
+            width=self.img_size[1],
+            in_chans=in_chans,
+            embed_dim=embed_dim,
+            depth=depth,
+            num_heads=num_heads,
+            kernel_size=kernel_size,
+            n_conv_layers=n_conv_layers,
+        )
+        if embed_dim % num_heads:
+            raise ValueError(f'embed_dim={embed_dim} must be a multiple of num_heads={num_heads}.')
+
         self.in_chans = in_chans
         self.num_classes = num_classes
         self.global_pool = global_pool
@@ -443,8 +456,9 @@ class CCT(nn.Module):
 
     def _check_size(self, x: torch.Tensor) -> None:
         if not self.dynamic_img_size:
-            _assert(x.shape[-2] == self.img_size[0], f"Input height doesn't match model ({self.img_size[0]}).")
-            _assert(x.shape[-1] == self.img_size[1], f"Input width doesn't match model ({self.img_size[1]}).")
+            H, W = x.shape[-2:]
+            _assert(H == self.img_size[0], f"Input height ({H}) doesn't match model ({self.img_size[0]}).")
+            _assert(W == self.img_size[1], f"Input width ({W}) doesn't match model ({self.img_size[1]}).")
 
     def _pos_embed(self, x: torch.Tensor) -> torch.Tensor:
         """Flatten the token grid and add the position embedding, (B, D, H, W) -> (B, H * W, D)."""
@@ -587,6 +601,13 @@ def check_global_pool(global_pool: str) -> None:
     """Raise ValueError for a pooling that CCT does not have."""
     if global_pool not in ('seq', 'avg', ''):
         raise ValueError(f"global_pool={global_pool!r} is unknown; choose one of ('seq', 'avg', '').")
+
+
+def check_positive_integers(**numbers: int) -> None:
+    """Raise ValueError for a number that is no integer of at least 1."""
+    for name, value in numbers.items():
+        if not isinstance(value, Integral) or value < 1:
+            raise ValueError(f'{name}={value!r} must be an integer of at least 1.')
 
 
 def attention_args(layer: Attention) -> Optional[Dict[str, Union[str, int, float, None]]]:
