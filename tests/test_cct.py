@@ -394,9 +394,35 @@ def test_true_sine_checkpoint(original, img_size):
             assert error(model(x), learn(x)) < 1e-5
 
 
-def test_learned_checkpoint_has_no_place_in_none(original):
-    with pytest.raises(RuntimeError, match='pos_embed'):
-        create(pretrained=True, pretrained_cfg_overlay=dict(state_dict=original[0]), pos_embed='none')
+@pytest.mark.parametrize('num_classes', [10, 5])
+@pytest.mark.parametrize('kwargs, names', [
+    (dict(global_pool='avg'), 'attn_pool.score.weight, attn_pool.score.bias'),
+    (dict(global_pool=''), 'attn_pool.score.weight, attn_pool.score.bias'),
+    (dict(pos_embed='none'), 'pos_embed'),
+    (dict(global_pool='avg', pos_embed='none'), 'pos_embed, attn_pool.score.weight, attn_pool.score.bias'),
+    (dict(pos_embed='learn'), None),
+])
+def test_checkpoint_with_more_than_the_model_was_told_to_have(original, caplog, kwargs, names, num_classes):
+    overlay = dict(state_dict=original[0])
+    full = create(pretrained=True, pretrained_cfg_overlay=overlay).state_dict()
+    model = create(pretrained=True, pretrained_cfg_overlay=overlay, num_classes=num_classes, **kwargs)
+    assert model(images()).isfinite().all()
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, full[name]) or name.startswith('head.') and num_classes == 5, name
+    warnings = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+    if names is None:
+        assert not warnings
+    else:
+        message, = warnings
+        left_out = message.removeprefix('Left out of the checkpoint, the model being without them: ').removesuffix('.')
+        assert sorted(left_out.split(', ')) == sorted(names.split(', '))
+
+
+def test_checkpoint_with_less_than_the_model():
+    for kwargs, name in ((dict(global_pool='avg'), 'attn_pool.score.weight'), (dict(pos_embed='none'), 'pos_embed')):
+        overlay = dict(state_dict=create(**kwargs).state_dict())
+        with pytest.raises(RuntimeError, match=rf'Missing key\(s\).*{name}'):
+            create(pretrained=True, pretrained_cfg_overlay=overlay)
 
 
 def test_sine_after_to_empty():

@@ -644,7 +644,10 @@ _ORIGINAL_NAMES = (
 
 
 def checkpoint_filter_fn(state_dict: Dict[str, torch.Tensor], model: CCT) -> Dict[str, torch.Tensor]:
-    """Rename the parameters of original Compact-Transformers checkpoints and fit the position embedding to the model."""
+    """Rename the parameters of original Compact-Transformers checkpoints and fit the position embedding to the model.
+
+    Parameters of a sequence pooling or a position embedding that the model was told not to have are left out.
+    """
     state_dict = state_dict.get('model', state_dict)
     state_dict = state_dict.get('state_dict', state_dict)
     out = {}
@@ -667,6 +670,13 @@ def checkpoint_filter_fn(state_dict: Dict[str, torch.Tensor], model: CCT) -> Dic
         if old_size != model.grid_size:
             _logger.info(f'Resized position embedding: {old_size} to {model.grid_size}.')
         out['pos_embed'] = resize_pos_embed(pos_embed, list(old_size), list(model.grid_size), False)
+
+    unused = [name for name in out if (
+        name == 'pos_embed' and model.pos_embed is None or name.startswith('attn_pool.') and model.attn_pool is None)]
+    for name in unused:
+        del out[name]
+    if unused:
+        _logger.warning(f'Left out of the checkpoint, the model being without them: {", ".join(unused)}.')
     check_names(out, model)
     return out
 
