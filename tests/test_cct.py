@@ -452,10 +452,11 @@ def test_img_size(size, pos_embed):
     assert model.grid_size == GRID[size]
     with torch.no_grad():
         assert model(images(*size)).shape == (2, 10)
-        with pytest.raises(AssertionError, match=rf"Input height \({size[0] + 4}\) doesn't match model \({size[0]}\)\."):
-            model(images(size[0] + 4, size[1]))
-        with pytest.raises(AssertionError, match=rf"Input width \({size[1] + 4}\) doesn't match model \({size[1]}\)\."):
-            model(images(size[0], size[1] + 4))
+        height, width = size
+        with pytest.raises(AssertionError, match=rf"Input height \({height + 4}\) doesn't match model \({height}\)\."):
+            model(images(height + 4, width))
+        with pytest.raises(AssertionError, match=rf"Input width \({width + 4}\) doesn't match model \({width}\)\."):
+            model(images(height, width + 4))
 
 
 def resampled(pos_embed, old_size, new_size):

@@ -22,7 +22,7 @@ MODELS = {
 }
 
 needs_record = pytest.mark.skipif(
-    timm_sot.cct.update_model_args is None, reason=f'timm {timm.__version__} keeps no record of the arguments of a model')
+    timm_sot.cct.update_model_args is None, reason=f'timm {timm.__version__} keeps no record of what a model is')
 
 
 def make_model(name='vit', **kwargs):
@@ -70,7 +70,8 @@ def assert_only_attention_gained(before, after):
             assert {k: attributes_after[k] for k in attributes} == attributes, name
         else:
             assert cls_after is cls, name
-            for key in (attributes.keys() | attributes_after.keys()) - {'_model_args'}:  # CCT records its attention there
+            # in _model_args CCT records its attention
+            for key in (attributes.keys() | attributes_after.keys()) - {'_model_args'}:
                 assert attributes_after[key] == attributes[key], (name, key)
 
 

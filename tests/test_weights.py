@@ -115,7 +115,8 @@ def test_damaged_package(tmp_path, monkeypatch):
     path.parent.mkdir()
     path.write_bytes((HUB / NAME / 'model.safetensors').read_bytes()[:700000])
     monkeypatch.setattr('timm_sot.weights.hub_folder', lambda: tmp_path)
-    with pytest.raises(Exception, match='of timm-sot: model.safetensors is damaged or cut off .*; install timm-sot again'):
+    message = 'of timm-sot: model.safetensors is damaged or cut off .*; install timm-sot again'
+    with pytest.raises(Exception, match=message):
         timm.create_model('cct_2_sot_qk', pretrained=True, pretrained_cfg_overlay=dict(file=str(path)))
 
 

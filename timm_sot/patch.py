@@ -27,9 +27,9 @@ def apply_sot(
     :class:`SOTAttention` stays of its class. Other modules, among them attention layers of other classes and subclasses
     of `timm.layers.Attention` with a forward of their own, are left alone.
 
-    Weights do not say what attention they are for. A CCT all of whose layers are given the same is saved by timm's
-    `save_for_hf` and `push_to_hf_hub` with the arguments `attn`, `sot_reg`, `sot_iters` and `sot_tol` for it, by versions
-    of timm that save the arguments of a model. Any other model is loaded with its former attention: call `apply_sot`
+    Weights do not say what attention they are for. Where timm saves a model's arguments with it (`save_for_hf`,
+    `push_to_hf_hub`; older versions do not), a CCT whose layers all have the same attention is saved with its `attn`,
+    `sot_reg`, `sot_iters` and `sot_tol`. Any other model is loaded with its former attention: call `apply_sot`
     again.
 
     Args:
@@ -65,8 +65,8 @@ def apply_sot(
     for index, layer in zip(indices, selected):
         if isinstance(layer, SOTAttention) and type(layer).attention_weights is not SOTAttention.attention_weights:
             raise ValueError(
-                f'attention layer {index} is a {type(layer).__qualname__}, which makes attention weights of its own and '
-                f'has no variants; leave it out by naming others in blocks.')
+                f'attention layer {index} is a {type(layer).__qualname__}, which makes attention weights of its own '
+                f'and has no variants; leave it out by naming others in blocks.')
     check_variant(variant, reg, iters, tol)  # before the first layer is touched
 
     for layer in selected:

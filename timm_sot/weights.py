@@ -84,8 +84,8 @@ def explain(error: Exception, cfg: Dict[str, Any]) -> None:
             advice = 'install timm-sot again' if packaged else 'check its path, or copy it anew'
         elif packaged:
             advice = (
-                'leave depth, embed_dim, mlp_ratio, kernel_size and n_conv_layers at their defaults, or create the model '
-                'without pretrained weights')
+                'leave depth, embed_dim, mlp_ratio, kernel_size and n_conv_layers at their defaults, or create the '
+                'model without pretrained weights')
         else:
             advice = 'create the model with the arguments that the weights were trained with'
 
