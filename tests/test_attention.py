@@ -333,10 +333,11 @@ def test_autocast(variant, distance, dtype):
     ('variant', 'sot', "is unknown; choose one of ('softmax', 'sot_q', 'sot_q_nosoftmax', 'sot_qk', "
                        "'sot_qk_nosoftmax', 'sot_qkt')"),
     ('variant', 'sot_qkt_nosoftmax', 'is unknown; choose one of'),
-    *(('reg', value, 'must be a positive finite number; 0.1 is the default') for value in (0, -1., math.inf, math.nan)),
+    *(('reg', value, 'must be a positive finite number; 0.1 is the default') for value in (
+        0, -1., math.inf, math.nan, '0.1', None)),
     *(('iters', value, 'must be an integer of at least 1; 10 is the default') for value in (0, -1, 1.5)),
     *(('tol', value, 'must be None (run exactly iters iterations) or a number of at least 0') for value in (
-        -1, math.nan)),
+        -1, math.nan, 'none')),
     ('distance', 'l1', "is unknown; choose one of ('euclidean', 'cosine')"),
 ])
 def test_bad_arguments(how, name, value, works):

@@ -1,5 +1,6 @@
 """ The bench: that it measures what it says, not how fast anything is """
 import json
+import sys
 import time
 
 import pytest
@@ -385,5 +386,13 @@ def test_what_is_no_report(tmp_path, text):
 ])
 def test_user_errors(tiny, capsys, args, message):
     assert cli.main(['bench', *args]) == 2
+    printed = capsys.readouterr()
+    assert message in printed.err and printed.err.count('\n') == 1 and not printed.out
+
+
+def test_without_its_extra(tiny, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, 'tqdm', None)
+    assert cli.main(['bench']) == 2
+    message = "this needs the package tqdm; install it with: pip install 'timm-sot[bench]'"
     printed = capsys.readouterr()
     assert message in printed.err and printed.err.count('\n') == 1 and not printed.out

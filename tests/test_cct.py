@@ -298,7 +298,14 @@ def test_unknown_argument(name):
     (dict(attn='sot'), r"variant='sot' is unknown; choose one of \('softmax', 'sot_q'"),
     (dict(global_pool='token'), r"global_pool='token' is unknown; choose one of \('seq', 'avg', ''\)"),
     (dict(sot_reg=0.), r'reg=0\.0 must be a positive finite number'),
+    (dict(sot_reg='0.1'), r"reg='0\.1' must be a positive finite number"),
     (dict(sot_iters=0), r'iters=0 must be an integer of at least 1'),
+    (dict(sot_tol='none'), r"tol='none' must be None"),
+    *((dict([(name, value)]), rf'^{name}={value} must be an integer of at least 1')
+      for name in ('in_chans', 'embed_dim', 'depth', 'num_heads', 'kernel_size', 'n_conv_layers')
+      for value in (0, -1, 2.5)),
+    (dict(img_size=(32, 0)), r'width=0 must be an integer of at least 1'),
+    (dict(num_heads=3), r'embed_dim=128 must be a multiple of num_heads=3'),
 ])
 def test_argument_errors(kwargs, match):
     with pytest.raises(ValueError, match=match):
@@ -387,9 +394,35 @@ def test_true_sine_checkpoint(original, img_size):
             assert error(model(x), learn(x)) < 1e-5
 
 
-def test_learned_checkpoint_has_no_place_in_none(original):
-    with pytest.raises(RuntimeError, match='pos_embed'):
-        create(pretrained=True, pretrained_cfg_overlay=dict(state_dict=original[0]), pos_embed='none')
+@pytest.mark.parametrize('num_classes', [10, 5])
+@pytest.mark.parametrize('kwargs, names', [
+    (dict(global_pool='avg'), 'attn_pool.score.weight, attn_pool.score.bias'),
+    (dict(global_pool=''), 'attn_pool.score.weight, attn_pool.score.bias'),
+    (dict(pos_embed='none'), 'pos_embed'),
+    (dict(global_pool='avg', pos_embed='none'), 'pos_embed, attn_pool.score.weight, attn_pool.score.bias'),
+    (dict(pos_embed='learn'), None),
+])
+def test_checkpoint_with_more_than_the_model_was_told_to_have(original, caplog, kwargs, names, num_classes):
+    overlay = dict(state_dict=original[0])
+    full = create(pretrained=True, pretrained_cfg_overlay=overlay).state_dict()
+    model = create(pretrained=True, pretrained_cfg_overlay=overlay, num_classes=num_classes, **kwargs)
+    assert model(images()).isfinite().all()
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, full[name]) or name.startswith('head.') and num_classes == 5, name
+    warnings = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+    if names is None:
+        assert not warnings
+    else:
+        message, = warnings
+        left_out = message.removeprefix('Left out of the checkpoint, the model being without them: ').removesuffix('.')
+        assert sorted(left_out.split(', ')) == sorted(names.split(', '))
+
+
+def test_checkpoint_with_less_than_the_model():
+    for kwargs, name in ((dict(global_pool='avg'), 'attn_pool.score.weight'), (dict(pos_embed='none'), 'pos_embed')):
+        overlay = dict(state_dict=create(**kwargs).state_dict())
+        with pytest.raises(RuntimeError, match=rf'Missing key\(s\).*{name}'):
+            create(pretrained=True, pretrained_cfg_overlay=overlay)
 
 
 def test_sine_after_to_empty():
@@ -419,10 +452,11 @@ def test_img_size(size, pos_embed):
     assert model.grid_size == GRID[size]
     with torch.no_grad():
         assert model(images(*size)).shape == (2, 10)
-        with pytest.raises(AssertionError, match=rf"Input height doesn't match model \({size[0]}\)"):
-            model(images(size[0] + 4, size[1]))
-        with pytest.raises(AssertionError, match=rf"Input width doesn't match model \({size[1]}\)"):
-            model(images(size[0], size[1] + 4))
+        height, width = size
+        with pytest.raises(AssertionError, match=rf"Input height \({height + 4}\) doesn't match model \({height}\)\."):
+            model(images(height + 4, width))
+        with pytest.raises(AssertionError, match=rf"Input width \({width + 4}\) doesn't match model \({width}\)\."):
+            model(images(height, width + 4))
 
 
 def resampled(pos_embed, old_size, new_size):

@@ -5,6 +5,7 @@ import math
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
@@ -434,10 +435,10 @@ def test_leading_dimensions():
 
 @pytest.mark.parametrize('name, value, works', [
     *(('reg', value, 'must be a positive finite number; 0.1 is the default') for value in (
-        0, 0., -0.1, math.inf, math.nan)),
+        0, 0., -0.1, math.inf, math.nan, '0.1', None, [0.1])),
     *(('iters', value, 'must be an integer of at least 1; 10 is the default') for value in (0, -3, 2.5, True)),
     *(('tol', value, 'must be None (run exactly iters iterations) or a number of at least 0') for value in (
-        -0.1, math.nan)),
+        -0.1, math.nan, 'none')),
     *(('row_mass', value, 'must be a positive finite number, or None for 1 / N') for value in (
         0, -1., math.inf, math.nan)),
     ('distance', 'manhattan', "is unknown; choose one of ('euclidean', 'cosine')"),
@@ -446,6 +447,13 @@ def test_leading_dimensions():
 def test_bad_arguments(name, value, works):
     with pytest.raises(ValueError, match=re.escape(f'{name}={value!r} {works}')):
         self_optimal_transport(make_points(4, 3), **{name: value})
+
+
+@pytest.mark.parametrize('number', [np.float32, np.float64, torch.tensor])
+def test_numbers_of_other_libraries(number):
+    x = make_points(4, 3)
+    out = self_optimal_transport(x, reg=number(0.25), tol=number(0.5), row_mass=number(2.))
+    assert error(out, self_optimal_transport(x, reg=0.25, tol=0.5, row_mass=2.)) < 1e-6
 
 
 @pytest.mark.parametrize('x, y, message', [

@@ -100,8 +100,29 @@ def test_spoilt_folder_or_file(folder, kind):
         timm.create_model('cct_2_sot_qk', pretrained=True, pretrained_cfg_overlay=overlay)
 
 
+@pytest.mark.parametrize('kwargs', [
+    dict(depth=1), dict(embed_dim=64), dict(mlp_ratio=2), dict(kernel_size=5), dict(n_conv_layers=1)])
+def test_arguments_that_the_packaged_weights_do_not_fit(kwargs):
+    name, = kwargs
+    advice = 'leave depth, .*at their defaults, or create the model without pretrained weights'
+    with pytest.raises(RuntimeError, match=f'(?s)^file .* of timm-sot: .*; (?=.*{name}){advice}') as error:
+        timm.create_model('cct_2_sot_qk', pretrained=True, **kwargs)
+    assert 'install' not in str(error.value)
+
+
+def test_damaged_package(tmp_path, monkeypatch):
+    path = tmp_path / NAME / 'model.safetensors'
+    path.parent.mkdir()
+    path.write_bytes((HUB / NAME / 'model.safetensors').read_bytes()[:700000])
+    monkeypatch.setattr('timm_sot.weights.hub_folder', lambda: tmp_path)
+    message = 'of timm-sot: model.safetensors is damaged or cut off .*; install timm-sot again'
+    with pytest.raises(Exception, match=message):
+        timm.create_model('cct_2_sot_qk', pretrained=True, pretrained_cfg_overlay=dict(file=str(path)))
+
+
 def test_absent_files(folder, monkeypatch):
-    with pytest.raises(FileNotFoundError, match=f'{folder}/none.safetensors: there is no such file'):
+    absent = f'{folder}/none.safetensors: there is no such file; check its path'
+    with pytest.raises(FileNotFoundError, match=absent):
         timm.create_model('cct_2', pretrained=True, pretrained_cfg_overlay=dict(file=f'{folder}/none.safetensors'))
     (folder / 'model.safetensors').unlink()
     with pytest.raises(RuntimeError, match=f'folder {folder}: No suitable checkpoints'):

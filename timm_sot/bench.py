@@ -25,7 +25,7 @@ from timm.loss import LabelSmoothingCrossEntropy
 from .attention import VARIANTS, sot_attention, sot_attention_weights
 from .kernels.fused import choose_path
 from .solver import sinkhorn
-from .errors import UserError
+from .errors import UserError, missing_extra
 from .study.runner import build_model, commit, versions
 
 __all__ = ['SECTIONS', 'bar_table', 'format_tables', 'load_reports', 'run_bench', 'write_report']
@@ -612,7 +612,7 @@ def run_bench(
     try:
         from tqdm import tqdm
     except ImportError as e:
-        raise UserError("timm-sot bench needs the package tqdm; install it with: pip install 'timm-sot[study]'") from e
+        raise missing_extra(e, 'bench') from e
 
     start = time.perf_counter()
     torch.manual_seed(0)

@@ -8,11 +8,13 @@ The `cct_*_sot_*` models replace the attention matrix by the Self-Optimal-Transp
 import logging
 import math
 import re
+from numbers import Integral
 from typing import Dict, List, Optional, Set, Tuple, Union
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import (
+    Attention,
     DropPath,
     Mlp,
     _assert,
@@ -35,9 +37,9 @@ from torch import nn
 from torch.jit import Final
 
 try:
-    from timm.models._input import update_model_input_size
-except ImportError:  # an older timm, which keeps no record of a model's input size
-    update_model_input_size = None
+    from timm.models._input import update_model_args, update_model_input_size
+except ImportError:  # an older timm, which keeps no record of what a model was changed to
+    update_model_args = update_model_input_size = None
 
 from .attention import SOTAttention
 from .weights import explained, packaged_weights, with_readable_folder
@@ -290,8 +292,20 @@ class CCT(nn.Module):
         if pos_embed not in ('learn', 'sine', 'none'):
             raise ValueError(f"pos_embed={pos_embed!r} is unknown; choose one of ('learn', 'sine', 'none').")
         check_global_pool(global_pool)
-
         self.img_size = to_2tuple(img_size)
+        check_positive_integers(
+            height=self.img_size[0],
+            width=self.img_size[1],
+            in_chans=in_chans,
+            embed_dim=embed_dim,
+            depth=depth,
+            num_heads=num_heads,
+            kernel_size=kernel_size,
+            n_conv_layers=n_conv_layers,
+        )
+        if embed_dim % num_heads:
+            raise ValueError(f'embed_dim={embed_dim} must be a multiple of num_heads={num_heads}.')
+
         self.in_chans = in_chans
         self.num_classes = num_classes
         self.global_pool = global_pool
@@ -431,10 +445,20 @@ class CCT(nn.Module):
         if update_model_input_size is not None:
             update_model_input_size(self, self.img_size)
 
+    def record_attention(self) -> None:
+        """Record the attention of the layers, where all have the same, among the arguments that timm saves.
+
+        :func:`timm_sot.apply_sot` calls it.
+        """
+        args = [attention_args(block.attn) for block in self.blocks]
+        if update_model_args is not None and args and args[0] and args.count(args[0]) == len(args):
+            update_model_args(self, **args[0])
+
     def _check_size(self, x: torch.Tensor) -> None:
         if not self.dynamic_img_size:
-            _assert(x.shape[-2] == self.img_size[0], f"Input height doesn't match model ({self.img_size[0]}).")
-            _assert(x.shape[-1] == self.img_size[1], f"Input width doesn't match model ({self.img_size[1]}).")
+            H, W = x.shape[-2:]
+            _assert(H == self.img_size[0], f"Input height ({H}) doesn't match model ({self.img_size[0]}).")
+            _assert(W == self.img_size[1], f"Input width ({W}) doesn't match model ({self.img_size[1]}).")
 
     def _pos_embed(self, x: torch.Tensor) -> torch.Tensor:
         """Flatten the token grid and add the position embedding, (B, D, H, W) -> (B, H * W, D)."""
@@ -579,6 +603,22 @@ def check_global_pool(global_pool: str) -> None:
         raise ValueError(f"global_pool={global_pool!r} is unknown; choose one of ('seq', 'avg', '').")
 
 
+def check_positive_integers(**numbers: int) -> None:
+    """Raise ValueError for a number that is no integer of at least 1."""
+    for name, value in numbers.items():
+        if not isinstance(value, Integral) or value < 1:
+            raise ValueError(f'{name}={value!r} must be an integer of at least 1.')
+
+
+def attention_args(layer: Attention) -> Optional[Dict[str, Union[str, int, float, None]]]:
+    """The arguments of CCT that make an attention layer like this one, None if there are none."""
+    if type(layer) is Attention or type(layer) is SOTAttention and layer.variant == 'softmax':
+        return dict(attn='softmax')
+    if type(layer) is SOTAttention and layer.distance == 'euclidean':
+        return dict(attn=layer.variant, sot_reg=layer.reg, sot_iters=layer.iters, sot_tol=layer.tol)
+    return None
+
+
 def init_weights_cct(module: nn.Module, name: str = '') -> None:
     """Initialize as Compact Transformers does: Kaiming for convolutions, truncated normal for linear layers."""
     if isinstance(module, nn.Conv2d):
@@ -604,7 +644,10 @@ _ORIGINAL_NAMES = (
 
 
 def checkpoint_filter_fn(state_dict: Dict[str, torch.Tensor], model: CCT) -> Dict[str, torch.Tensor]:
-    """Rename the parameters of original Compact-Transformers checkpoints and fit the position embedding to the model."""
+    """Rename the parameters of original Compact-Transformers checkpoints and fit the position embedding to the model.
+
+    Parameters of a sequence pooling or a position embedding that the model was told not to have are left out.
+    """
     state_dict = state_dict.get('model', state_dict)
     state_dict = state_dict.get('state_dict', state_dict)
     out = {}
@@ -627,6 +670,13 @@ def checkpoint_filter_fn(state_dict: Dict[str, torch.Tensor], model: CCT) -> Dic
         if old_size != model.grid_size:
             _logger.info(f'Resized position embedding: {old_size} to {model.grid_size}.')
         out['pos_embed'] = resize_pos_embed(pos_embed, list(old_size), list(model.grid_size), False)
+
+    unused = [name for name in out if (
+        name == 'pos_embed' and model.pos_embed is None or name.startswith('attn_pool.') and model.attn_pool is None)]
+    for name in unused:
+        del out[name]
+    if unused:
+        _logger.warning(f'Left out of the checkpoint, the model being without them: {", ".join(unused)}.')
     check_names(out, model)
     return out
 

@@ -1,5 +1,6 @@
 """ Self-Optimal-Transport attention inside any timm model """
-from typing import Dict, Optional, Sequence
+import operator
+from typing import Dict, Iterable, Optional
 
 from timm.layers import Attention
 from torch import nn
@@ -16,14 +17,20 @@ def apply_sot(
         reg: float = 0.1,
         iters: int = 10,
         tol: Optional[float] = None,
-        blocks: Optional[Sequence[int]] = None,
+        blocks: Optional[Iterable[int]] = None,
 ) -> nn.Module:
     """Give the attention layers of a timm model Self-Optimal-Transport weights, in place.
 
     Every `timm.layers.Attention` of the model becomes a :class:`SOTAttention` with the same parameters (the very same
     tensors), dropout rates, hooks, device, dtype and training mode. A layer that is one already changes its variant.
-    With `variant='softmax'` the layers become `timm.layers.Attention` again. Other modules, among them attention
-    layers of other classes and subclasses of `timm.layers.Attention` with a forward of their own, are left alone.
+    With `variant='softmax'` the layers become `timm.layers.Attention` again. A layer of a subclass of
+    :class:`SOTAttention` stays of its class. Other modules, among them attention layers of other classes and subclasses
+    of `timm.layers.Attention` with a forward of their own, are left alone.
+
+    Weights do not say what attention they are for. Where timm saves a model's arguments with it (`save_for_hf`,
+    `push_to_hf_hub`; older versions do not), a CCT whose layers all have the same attention is saved with its `attn`,
+    `sot_reg`, `sot_iters` and `sot_tol`. Any other model is loaded with its former attention: call `apply_sot`
+    again.
 
     Args:
         model: Model with `timm.layers.Attention` layers: ViT, DeiT, CCT and others.
@@ -38,34 +45,47 @@ def apply_sot(
         The model that was passed in.
 
     Raises:
-        ValueError: If the model has no such layer, `blocks` names one that it does not have, or another argument is out
-            of its range; the model is then unchanged.
+        ValueError: If the model has no such layer, `blocks` names one that it does not have, a layer to change is of a
+            subclass with an `attention_weights` of its own, or another argument is out of its range; the model is then
+            unchanged.
     """
     layers = attention_layers(model)
-    indices = range(len(layers)) if blocks is None else blocks
+    try:
+        indices = [operator.index(index) for index in (range(len(layers)) if blocks is None else blocks)]
+    except TypeError:
+        raise ValueError(
+            f'blocks={blocks!r} must be None, for all, or integers in a list, such as blocks=[-1].') from None
     for index in indices:
         if not -len(layers) <= index < len(layers):
             raise ValueError(
-                f'blocks={list(indices)} names attention layer {index}, but the model has {len(layers)} of them: '
+                f'blocks={indices} names attention layer {index}, but the model has {len(layers)} of them: '
                 f'choose from {-len(layers)} to {len(layers) - 1}, or None for all.')
     layers = list(layers.values())
     selected = [layers[index] for index in indices]
+    for index, layer in zip(indices, selected):
+        if isinstance(layer, SOTAttention) and type(layer).attention_weights is not SOTAttention.attention_weights:
+            raise ValueError(
+                f'attention layer {index} is a {type(layer).__qualname__}, which makes attention weights of its own '
+                f'and has no variants; leave it out by naming others in blocks.')
     check_variant(variant, reg, iters, tol)  # before the first layer is touched
 
     for layer in selected:
-        if variant == 'softmax':
-            if isinstance(layer, SOTAttention):
-                layer.clear_variant()
-                layer.__class__ = Attention
-        else:
+        if variant == 'softmax' and type(layer) is SOTAttention:
+            layer.clear_variant()
+            layer.__class__ = Attention
+        elif variant != 'softmax' or isinstance(layer, SOTAttention):
             distance = getattr(layer, 'distance', 'euclidean')
-            layer.__class__ = SOTAttention
+            if type(layer) is Attention:
+                layer.__class__ = SOTAttention
             layer.set_variant(variant, reg=reg, iters=iters, tol=tol, distance=distance)
+    for module in model.modules():
+        if hasattr(module, 'record_attention'):  # a CCT
+            module.record_attention()
     return model
 
 
 def attention_layers(model: nn.Module) -> Dict[str, Attention]:
-    """The attention layers of a model that `apply_sot` can change, by module name.
+    """The layers of a model with the forward of timm's Attention or of SOTAttention, by module name.
 
     Raises:
         ValueError: If it has none.

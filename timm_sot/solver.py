@@ -5,7 +5,8 @@ Alternating projections onto the row and column marginals of an entropy-regulari
 Optimal Transport', 2019, section 4.4 - https://arxiv.org/abs/1803.00567).
 """
 import math
-from typing import Optional
+import numbers
+from typing import Any, Optional
 
 import torch
 
@@ -62,10 +63,15 @@ def check_sinkhorn_args(iters: int, tol: Optional[float], row_mass: Optional[flo
     """Raise ValueError for settings that no Sinkhorn run can follow."""
     if isinstance(iters, bool) or not isinstance(iters, int) or iters < 1:
         raise ValueError(f'iters={iters!r} must be an integer of at least 1; 10 is the default.')
-    if tol is not None and not tol >= 0:
+    if tol is not None and not (is_number(tol) and tol >= 0):
         raise ValueError(f'tol={tol!r} must be None (run exactly iters iterations) or a number of at least 0.')
-    if row_mass is not None and not 0 < row_mass < float('inf'):
+    if row_mass is not None and not (is_number(row_mass) and 0 < row_mass < float('inf')):
         raise ValueError(f'row_mass={row_mass!r} must be a positive finite number, or None for 1 / N.')
+
+
+def is_number(value: Any) -> bool:
+    """Whether `value` can be compared with numbers, which the strings of a command line cannot."""
+    return isinstance(value, (numbers.Real, torch.Tensor))
 
 
 def compute_dtype(x: torch.Tensor) -> torch.dtype:

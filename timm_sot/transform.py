@@ -13,7 +13,7 @@ from typing import ContextManager, Optional
 import torch
 
 from .kernels.distance import distance_by_product, euclidean_distance
-from .solver import check_sinkhorn_args, compute_dtype, operators_work, solve
+from .solver import check_sinkhorn_args, compute_dtype, is_number, operators_work, solve
 
 __all__ = ['self_optimal_transport']
 
@@ -100,7 +100,7 @@ def check_transform_args(
     """Raise ValueError for settings of the transform that are out of their range."""
     if distance not in DISTANCES:
         raise ValueError(f'distance={distance!r} is unknown; choose one of {DISTANCES}.')
-    if not 0 < reg < float('inf'):
+    if not (is_number(reg) and 0 < reg < float('inf')):
         raise ValueError(f'reg={reg!r} must be a positive finite number; 0.1 is the default.')
     check_sinkhorn_args(iters, tol, row_mass)
 

@@ -77,10 +77,17 @@ def explain(error: Exception, cfg: Dict[str, Any]) -> None:
         advice = f'config.json and weights of the repository must go together, hf-hub:{repo_id}@REVISION has older ones'
     elif cfg.get('source') == 'local-dir':
         source, advice = f'folder {cfg["file"]}', 'its config.json and weights must go together, export or copy it anew'
-    elif Path(cfg['file']).parent.parent == hub_folder():
-        source, advice = f'file {cfg["file"]} of timm-sot', 'install timm-sot again'
     else:
-        source, advice = f'file {cfg["file"]}', 'create the model with the arguments that the weights were trained with'
+        packaged = Path(cfg['file']).parent.parent == hub_folder()
+        source = f'file {cfg["file"]}{" of timm-sot" if packaged else ""}'
+        if isinstance(error, (FileNotFoundError, SafetensorError)):
+            advice = 'install timm-sot again' if packaged else 'check its path, or copy it anew'
+        elif packaged:
+            advice = (
+                'leave depth, embed_dim, mlp_ratio, kernel_size and n_conv_layers at their defaults, or create the '
+                'model without pretrained weights')
+        else:
+            advice = 'create the model with the arguments that the weights were trained with'
 
     message = str(error).rstrip('.')
     if isinstance(error, OSError) and error.errno is not None:
