@@ -64,11 +64,24 @@ def test_close_points(gap, offset):
     assert ((close - wanted).abs() < 1e-5 * wanted + 1e-7 * x.norm(dim=-1)).all()
 
 
+LAYOUTS = {
+    'contiguous': lambda x: x,
+    'transposed': lambda x: x.mT.contiguous().mT,
+    'expanded': lambda x: x[:1].expand_as(x),
+    'heads': lambda x: x[:, None].repeat(1, 2, 1, 1).transpose(1, 2).contiguous().transpose(1, 2),
+}
+
+
 @DTYPES
-def test_opcheck(dtype, bar):
-    x, y = make_points(2, 5, 3, dtype=dtype), make_points(2, 4, 3, dtype=dtype, seed=1)
-    torch.library.opcheck(euclidean_distance, (x.clone().requires_grad_(), y.clone().requires_grad_()))
-    torch.library.opcheck(euclidean_distance_backward, (torch.ones(2, 5, 4, dtype=dtype), x, y, euclidean_distance(x, y)))
+@pytest.mark.parametrize('layout', LAYOUTS)
+def test_opcheck(layout, dtype, bar):
+    """Also the strides of the results are those that the fakes promise: inductor's code relies on them."""
+    x, y = (
+        LAYOUTS[layout](make_points(2, N, 3, dtype=dtype, seed=seed)) for N, seed in ((5, 0), (4, 1)))
+    torch.library.opcheck(euclidean_distance, (x.detach().requires_grad_(), y.detach().requires_grad_()))
+    distance = euclidean_distance(x, y)
+    for grad in (torch.ones_like(distance), LAYOUTS[layout](make_points(2, 5, 4, dtype=dtype)).reshape(distance.shape)):
+        torch.library.opcheck(euclidean_distance_backward, (grad, x, y, distance))
 
 
 def test_gradcheck():

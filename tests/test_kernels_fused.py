@@ -240,6 +240,17 @@ def test_opcheck(path, variant, p):
     torch.library.opcheck(torch.ops.timm_sot.sot_attention_backward.default, (grad, q, k, v, saved, *args))
 
 
+@pytest.mark.parametrize('layout', [torch.Tensor.contiguous, lambda x: x.mT.contiguous().mT, lambda x: x[:1].expand_as(x)])
+@pytest.mark.parametrize('path', PATHS)
+def test_opcheck_with_strides(path, layout):
+    q, k, v, grad = (layout(x) for x in make_inputs(2, 2, 16, 16, device=device_of(path)))
+    args = (*settings(q, 'sot_qk', iters=2), path)
+    torch.library.opcheck(SOT.default, (q, k, v, *args), test_utils='test_faketensor')
+    _, saved = SOT(q, k, v, *args)
+    torch.library.opcheck(
+        torch.ops.timm_sot.sot_attention_backward.default, (grad, q, k, v, saved, *args), test_utils='test_faketensor')
+
+
 @pytest.mark.parametrize('path', PATHS)
 def test_repeated_runs_are_equal(path):
     tensors = make_inputs(2, 2, 33, 16, device=device_of(path))

@@ -89,6 +89,18 @@ def test_opcheck(shape, dtype, scaling):
     torch.library.opcheck(sinkhorn_backward, (log_kernel, log_kernel, 3, *masses(log_kernel), scaling))
 
 
+@FORMS
+@pytest.mark.parametrize('layout', [lambda x: x.mT.contiguous().mT, lambda x: x[:1].expand_as(x)])
+def test_opcheck_with_strides(layout, scaling):
+    log_kernel = make_log_kernel(3, 5, 4, dtype=torch.float32)
+    strided = layout(log_kernel)
+    assert not strided.is_contiguous()
+    settings = (3, *masses(log_kernel), scaling)
+    torch.library.opcheck(sinkhorn, (strided.detach().requires_grad_(), *settings))
+    for tensors in ((strided, log_kernel), (log_kernel, strided), (strided, strided)):
+        torch.library.opcheck(sinkhorn_backward, (*tensors, *settings))
+
+
 @pytest.mark.parametrize('scaling, dtype, spread', [
     ('scaling', torch.float32, 20.), ('scaling', torch.float64, 160.),
     *(pytest.param('loops', torch.float32, spread, marks=needs_loops) for spread in (20., 41., 100.)),
