@@ -421,6 +421,25 @@ def test_traced_layers_hold_plain_torch():
     assert error(traced(x), layer(x)) < 1e-5
 
 
+@pytest.mark.parametrize('variant', ['sot_q', 'sot_qkt', 'sot_qk_nosoftmax'])
+@pytest.mark.parametrize('device', DEVICES)
+def test_torch_func(device, variant):
+    """Transformations of functions see through a layer that is fused otherwise."""
+    layer, x = layer_and_input(device, variant)
+    x = x.detach()
+
+    def loss(x):
+        return layer(x).square().sum()
+
+    wanted, = torch.autograd.grad(loss(x.requires_grad_()), x)
+    x = x.detach()
+    assert error(torch.func.grad(loss)(x), wanted) < 1e-4
+    assert error(torch.func.vmap(torch.func.grad(lambda x: loss(x[None])))(x), wanted) < 1e-4
+    tangent = torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).to(device)
+    _, derivative = torch.func.jvp(loss, (x,), (tangent,))
+    assert error(derivative, (wanted * tangent).sum()) < 1e-4
+
+
 @needs_cuda
 def test_cuda_graph():
     layer, x = layer_and_input('cuda', attn_drop=0.5)
