@@ -10,6 +10,7 @@ import torch._inductor.config
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import nn
+from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 from kernels import (
@@ -437,6 +438,9 @@ def test_torch_func(device, variant):
     assert error(torch.func.vmap(torch.func.grad(lambda x: loss(x[None])))(x), wanted) < 1e-4
     tangent = torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).to(device)
     _, derivative = torch.func.jvp(loss, (x,), (tangent,))
+    assert error(derivative, (wanted * tangent).sum()) < 1e-4
+    with forward_ad.dual_level(), torch.no_grad():
+        derivative = forward_ad.unpack_dual(loss(forward_ad.make_dual(x, tangent))).tangent
     assert error(derivative, (wanted * tangent).sum()) < 1e-4
 
 

@@ -8,6 +8,7 @@ import math
 from typing import Optional
 
 import torch
+from torch.autograd import forward_ad
 
 from .kernels import sinkhorn as kernel
 
@@ -75,10 +76,11 @@ def compute_dtype(x: torch.Tensor) -> torch.dtype:
 
 def operators_work() -> bool:
     """Whether what is running now can deal with operators of ours: traces and ONNX files are to run without this
-    package, and torch.func cannot differentiate them.
+    package, torch.func cannot differentiate them, and they silently drop the tangents of forward-mode derivatives.
     """
     return not (
-        torch.jit.is_tracing() or torch.onnx.is_in_onnx_export() or torch._C._are_functorch_transforms_active())
+        torch.jit.is_tracing() or torch.onnx.is_in_onnx_export() or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0)
 
 
 def solve(
