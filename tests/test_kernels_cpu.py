@@ -11,9 +11,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from kernels import BARS, VARIANTS, assert_close, degenerate, dropout_factor, expected, make_inputs, run, settings
 from timm_sot.kernels import cpu, threads
 from timm_sot.kernels.fused import fused_sot_attention
-from timm_sot.kernels.threads import has_numba
+from timm_sot.kernels.threads import loops_work
 
-pytestmark = pytest.mark.skipif(not has_numba(), reason='needs numba')
+pytestmark = pytest.mark.skipif(not loops_work(), reason='needs numba')
 
 
 @pytest.fixture(autouse=True)
@@ -289,8 +289,8 @@ def test_without_cache_or_numba(problem):
             sys.modules['numba'] = None
             import torch
             from timm_sot import SOTAttention
-            from timm_sot.kernels.threads import has_numba
-            assert not has_numba()
+            from timm_sot.kernels.threads import loops_work
+            assert not loops_work()
             SOTAttention(32, 2)(torch.randn(1, 9, 32)).sum().backward()
         ''',
     }[problem]

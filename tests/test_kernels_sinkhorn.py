@@ -18,7 +18,7 @@ from timm_sot.kernels import sinkhorn as module, threads
 from timm_sot.kernels.sinkhorn import loops_pay, scaling_is_safe, sinkhorn, sinkhorn_backward
 from timm_sot.solver import solve, solve_step_by_step
 
-needs_loops = pytest.mark.skipif(not module.HAS_LOOPS, reason='needs numba')
+needs_loops = pytest.mark.skipif(not module.loops_work(), reason='needs numba')
 LOOPS = pytest.param('loops', marks=needs_loops)
 PLAIN_FORMS = pytest.mark.parametrize('scaling', ['scaling', 'log'], indirect=True)
 FORMS = pytest.mark.parametrize('scaling', ['scaling', 'log', LOOPS], indirect=True)
@@ -29,7 +29,7 @@ SHAPES = pytest.mark.parametrize('shape', [(5, 5), (4, 9), (9, 4), (3, 2, 6, 5),
 def scaling(request, monkeypatch):
     """The operator's argument: one of the forms of plain torch, or the compiled loops, which take float32 alone."""
     if request.param != 'loops':
-        monkeypatch.setattr(module, 'HAS_LOOPS', False)
+        monkeypatch.setattr(module, 'loops_work', lambda: False)
     return request.param == 'scaling'
 
 
@@ -183,7 +183,7 @@ def test_loops_are_as_exact_as_plain_torch(monkeypatch, shape, spread):
         return [error(x, y) for x, y in zip(actual, wanted)]
 
     loops = errors()
-    monkeypatch.setattr(module, 'HAS_LOOPS', False)
+    monkeypatch.setattr(module, 'loops_work', lambda: False)
     for ours, plain in zip(loops, errors()):
         assert ours < 4 * plain + 1e-6
 
@@ -343,10 +343,10 @@ print(len(cpu_loops.sinkhorn_backward.stats.cache_hits), grad.numpy().tobytes().
 ])
 def test_rule(monkeypatch, device, dtype, shape, cores, promised, expected):
     monkeypatch.setattr(torch, 'get_num_threads', lambda: cores)
-    monkeypatch.setattr(module, 'HAS_LOOPS', True)
+    monkeypatch.setattr(module, 'loops_work', lambda: True)
     problems = torch.empty(shape, dtype=dtype, device=device)
     assert loops_pay(problems, promised) == expected
-    monkeypatch.setattr(module, 'HAS_LOOPS', False)
+    monkeypatch.setattr(module, 'loops_work', lambda: False)
     assert not loops_pay(problems, promised)
 
 

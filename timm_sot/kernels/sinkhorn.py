@@ -17,11 +17,10 @@ from typing import List, Tuple
 
 import torch
 
-from .threads import has_numba, share_out
+from .threads import loops_work, share_out
 
 __all__ = ['loops_pay', 'scaling_is_safe', 'sinkhorn']
 
-HAS_LOOPS = has_numba()
 TORCH_GRAIN = 2 ** 15  # elements from which on torch shares out an operation among threads
 
 
@@ -42,7 +41,7 @@ def loops_pay(problems: torch.Tensor, scaling: bool) -> bool:
     On one thread, from N = 16 to 4096, they need 3 % to 25 % of the time of plain torch on logarithms and 20 % to 85 %
     of that of its scaling form. But a problem stays on one thread, where plain torch may use all.
     """
-    if not HAS_LOOPS or problems.device.type != 'cpu' or problems.dtype != torch.float32:
+    if problems.device.type != 'cpu' or problems.dtype != torch.float32 or not loops_work():
         return False
     threads_of_a_problem = 1 if problems.numel() <= TORCH_GRAIN else torch.get_num_threads() / max(len(problems), 1)
     return threads_of_a_problem <= (2 if scaling else 8)
