@@ -123,11 +123,19 @@ def test_compile_fake_and_meta():
     assert euclidean_distance(torch.randn(2, 6, 4, device='meta'), torch.randn(2, 5, 4, device='meta')).shape == (2, 6, 5)
 
 
-def test_second_derivative_says_no():
-    x = make_points(4, 3).requires_grad_()
-    grad, = torch.autograd.grad(euclidean_distance(x, x.detach() + 1).square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match='no second derivative'):
-        grad.sum().backward()
+def test_second_derivative():
+    x, y = (make_points(2, 4, 3, dtype=torch.float64, seed=seed).requires_grad_() for seed in (0, 1))
+    assert torch.autograd.gradgradcheck(euclidean_distance, (x, y))
+    once, = torch.autograd.grad(euclidean_distance(x, y).square().sum(), x, create_graph=True)
+    # sum over j of |x_i - y_j|^2
+    assert error(torch.autograd.grad(once.sum(), x, create_graph=True)[0], torch.full_like(x, 8.)) < 1e-13
+
+
+def test_second_derivative_at_equal_points():
+    x = make_points(1, 3).expand(4, 3).requires_grad_()
+    grad, = torch.autograd.grad(euclidean_distance(x, x).square().sum(), x, create_graph=True)
+    again, = torch.autograd.grad(grad.square().sum(), x)
+    assert (grad == 0).all() and (again == 0).all()
 
 
 def test_by_product():

@@ -241,7 +241,8 @@ def test_opcheck(path, variant, p):
     torch.library.opcheck(torch.ops.timm_sot.sot_attention_backward.default, (grad, q, k, v, saved, *args))
 
 
-@pytest.mark.parametrize('layout', [torch.Tensor.contiguous, lambda x: x.mT.contiguous().mT, lambda x: x[:1].expand_as(x)])
+@pytest.mark.parametrize('layout', [
+    torch.Tensor.contiguous, lambda x: x.mT.contiguous().mT, lambda x: x[:1].expand_as(x)])
 @pytest.mark.parametrize('path', PATHS)
 def test_opcheck_with_strides(path, layout):
     q, k, v, grad = (layout(x) for x in make_inputs(2, 2, 16, 16, device=device_of(path)))
@@ -335,6 +336,24 @@ def test_layer_is_the_same_with_and_without_fusion(device, variant):
     layer.fused_attn = False
     for actual, wanted in zip(fused_results, step(layer, x)):
         assert error(actual, wanted) < 1e-4 or wanted.abs().max() < 1e-6
+
+
+@pytest.mark.parametrize('distance', ['euclidean', 'cosine'])
+@pytest.mark.parametrize('variant', VARIANTS)
+def test_second_derivative_without_fusion(variant, distance):
+    """What the error of the fused one advises."""
+    layer, _ = layer_and_input('cpu', variant, dtype=torch.float64, iters=2, distance=distance)
+    layer.fused_attn = False
+    x = torch.randn(1, 16, 32, dtype=torch.float64, requires_grad=True)
+    gradient, = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
+    direction = torch.randn_like(x)
+    actual, = torch.autograd.grad((gradient * direction).sum(), x)
+
+    step = 1e-5
+    ends = []
+    for end in (x.detach() + step * direction, x.detach() - step * direction):
+        ends.append(torch.autograd.grad(layer(end.requires_grad_()).square().sum(), end)[0])
+    assert error(actual, (ends[0] - ends[1]) / (2 * step)) < 1e-5
 
 
 @pytest.mark.parametrize('device', DEVICES)

@@ -35,9 +35,17 @@ def euclidean_distance_backward(
         y: torch.Tensor,
         distance: torch.Tensor,
 ) -> Tuple[torch.Tensor, torch.Tensor]:
-    """Gradients for x and y; that of a distance of 0 is 0.
+    """Gradients for x and y; that of a distance of 0 is 0."""
+    return _gradients(grad, x, y, distance)
 
-    With w = grad / distance the gradient of x_i is sum_j w_ij (x_i - y_j): with a product, a difference of sums that
+
+def _gradients(
+        grad: torch.Tensor,
+        x: torch.Tensor,
+        y: torch.Tensor,
+        distance: torch.Tensor,
+) -> Tuple[torch.Tensor, torch.Tensor]:
+    """With w = grad / distance the gradient of x_i is sum_j w_ij (x_i - y_j): with a product, a difference of sums that
     cancel for a small distance, hence float64.
     """
     dtype = x.dtype
@@ -62,12 +70,17 @@ def _differentiate(ctx, grad):
     return euclidean_distance_backward(grad, *ctx.saved_tensors)
 
 
-def _refuse(ctx, *grads):
-    raise RuntimeError('The transform has no second derivative for Euclidean distances.')
+def _setup_context_again(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+def _differentiate_again(ctx, *grads):
+    _, vjp = torch.func.vjp(_gradients, *ctx.saved_tensors)
+    return vjp(grads)
 
 
 euclidean_distance.register_autograd(_differentiate, setup_context=_setup_context)
-euclidean_distance_backward.register_autograd(_refuse)
+euclidean_distance_backward.register_autograd(_differentiate_again, setup_context=_setup_context_again)
 
 
 def distance_by_product(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:

@@ -3,7 +3,8 @@
 In plain torch for any device, and where they pay in the loops of `cpu_loops`, which numba compiles: these take one
 problem after another, in cache, and find out for each whether the scaling form carries it.
 
-Kept for the backward pass is the log-kernel alone, however many iterations: the vectors are found again. With C_t the
+Kept for the backward pass is the log-kernel alone, however many iterations: the vectors are found again. A second
+derivative goes through the iterations as plain operations and keeps every step. With C_t the
 plan after iteration t with its columns scaled to sum 1, R_t the one after its row step with its rows scaled to sum 1,
 and gu_t, gv_t the gradients of the potentials u_t, v_t, from the last iteration to the first
 
@@ -111,14 +112,30 @@ def _differentiate(ctx, grad):
     return sinkhorn_backward(grad, log_kernel, *ctx.settings), None, None, None, None
 
 
-def _refuse(ctx, grad):
-    raise RuntimeError(
-        'sinkhorn has no second derivative. With tol=0 it runs the same iterations as plain operations, which can be '
-        'differentiated any number of times.')
+def _setup_context_again(ctx, inputs, output):
+    grad, log_kernel, *ctx.settings = inputs
+    ctx.save_for_backward(grad, log_kernel)
+
+
+def _differentiate_again(ctx, grad_grad):
+    """Derivatives of the gradient, by differentiating the iterations twice as plain operations."""
+    iters, log_r, log_c, _ = ctx.settings
+
+    def plan(log_kernel):
+        problems = _problems(log_kernel)
+        rows, columns = _iterate(problems, iters, log_r, log_c, False)
+        return (problems + rows[-1] + columns[-1]).view(log_kernel.shape)
+
+    def gradient(grad, log_kernel):
+        _, vjp = torch.func.vjp(plan, log_kernel)
+        return vjp(grad)[0]
+
+    _, vjp = torch.func.vjp(gradient, *ctx.saved_tensors)
+    return *vjp(grad_grad), None, None, None, None
 
 
 sinkhorn.register_autograd(_differentiate, setup_context=_setup_context)
-sinkhorn_backward.register_autograd(_refuse)
+sinkhorn_backward.register_autograd(_differentiate_again, setup_context=_setup_context_again)
 
 
 def _problems(x: torch.Tensor) -> torch.Tensor:
