@@ -72,6 +72,25 @@ LAYOUTS = {
 }
 
 
+def test_squares_beyond_float32():
+    points = torch.tensor([[0., 0.], [1e20, 0.], [3e20, 1e20], [0., 1e-30]])
+    for function in (euclidean_distance, distance_by_product):
+        assert error(function(points, points), torch.cdist(points.double(), points.double())) < 1e-6
+    huge = torch.tensor([[0., 0.], [1e200, 0.]], dtype=torch.float64)
+    assert distance_by_product(huge, huge)[0, 1] > 1e199, 'an overflow is not a distance of 0'
+
+
+@pytest.mark.parametrize('outlier, bar', [(1e4, 1e-6), (1e6, 1e-5), (1e7, 1e-3)])
+def test_beside_an_outlier(outlier, bar):
+    x = make_points(2, 20, 8)
+    x[:, 7] *= outlier
+    others = torch.arange(20) != 7
+    actual = euclidean_distance(x, x)[:, others][:, :, others]
+    wanted = torch.cdist(x[:, others].double(), x[:, others].double(), compute_mode='donot_use_mm_for_euclid_dist')
+    off = ~torch.eye(19, dtype=torch.bool)
+    assert (actual[:, off] / wanted[:, off] - 1).abs().max() < bar
+
+
 @DTYPES
 @pytest.mark.parametrize('layout', LAYOUTS)
 def test_opcheck(layout, dtype, bar):
