@@ -132,6 +132,18 @@ def test_autocast_changes_nothing():
         assert all(map(torch.equal, gradients(euclidean_distance, x, y), plain))
 
 
+def test_mixed_devices():
+    """On the meta device nothing looks into the tensors: what came out would be memory that nobody has written."""
+    x, y, distance = make_points(4, 3), make_points(5, 3), make_points(4, 5)
+    for args in ((x, y.to('meta')), (x.to('meta'), y)):
+        with pytest.raises(RuntimeError, match='on one device, got .*meta'):
+            euclidean_distance(*args)
+    for i in range(4):
+        args = [z.to('meta') if j == i else z for j, z in enumerate((distance, x, y, distance))]
+        with pytest.raises(RuntimeError, match='on one device, got .*meta'):
+            euclidean_distance_backward(*args)
+
+
 def test_compile_fake_and_meta():
     x, y = make_points(2, 6, 4), make_points(2, 6, 4, seed=1)
     compiled = torch.compile(lambda x, y: euclidean_distance(x, y).square(), fullgraph=True, backend='aot_eager')

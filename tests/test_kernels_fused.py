@@ -241,8 +241,22 @@ def test_opcheck(path, variant, p):
     torch.library.opcheck(torch.ops.timm_sot.sot_attention_backward.default, (grad, q, k, v, saved, *args))
 
 
-@pytest.mark.parametrize('layout', [
-    torch.Tensor.contiguous, lambda x: x.mT.contiguous().mT, lambda x: x[:1].expand_as(x)])
+@pytest.mark.parametrize('path', PATHS)
+def test_mixed_devices(path):
+    q, k, v, grad = make_inputs(1, 1, 16, 16, device=device_of(path))
+    args = (*settings(q, 'sot_qk', iters=2), path)
+    _, saved = SOT(q, k, v, *args)
+    tensors = [grad, q, k, v, saved]
+    for i in range(5):
+        mixed = [x.to('meta') if j == i else x for j, x in enumerate(tensors)]
+        with pytest.raises(RuntimeError, match='on one device, got .*meta'):
+            torch.ops.timm_sot.sot_attention_backward(*mixed, *args)
+        if 1 <= i <= 3:
+            with pytest.raises(RuntimeError, match='on one device, got .*meta'):
+                SOT(*mixed[1:4], *args)
+
+
+@pytest.mark.parametrize('layout', [    torch.Tensor.contiguous, lambda x: x.mT.contiguous().mT, lambda x: x[:1].expand_as(x)])
 @pytest.mark.parametrize('path', PATHS)
 def test_opcheck_with_strides(path, layout):
     q, k, v, grad = (layout(x) for x in make_inputs(2, 2, 16, 16, device=device_of(path)))

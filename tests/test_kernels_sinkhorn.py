@@ -89,6 +89,13 @@ def test_opcheck(shape, dtype, scaling):
     torch.library.opcheck(sinkhorn_backward, (log_kernel, log_kernel, 3, *masses(log_kernel), scaling))
 
 
+def test_mixed_devices():
+    log_kernel = make_log_kernel(4, 4)
+    for args in ((log_kernel, log_kernel.to('meta')), (log_kernel.to('meta'), log_kernel)):
+        with pytest.raises(RuntimeError, match='on one device, got .*meta'):
+            sinkhorn_backward(*args, 3, *masses(log_kernel), False)
+
+
 @FORMS
 @pytest.mark.parametrize('layout', [lambda x: x.mT.contiguous().mT, lambda x: x[:1].expand_as(x)])
 def test_opcheck_with_strides(layout, scaling):

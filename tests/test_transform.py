@@ -466,6 +466,12 @@ def test_bad_dtype():
         self_optimal_transport(torch.zeros(4, 3, dtype=torch.int64))
 
 
+def test_two_devices():
+    x = make_points(4, 3)
+    with pytest.raises(ValueError, match='x and y must be on the same device, got cpu and meta; move one'):
+        self_optimal_transport(x, x.to('meta'))
+
+
 # The promise that transform gives to the solver, and what runs without eager mode
 
 @pytest.mark.parametrize('reg', [0.05, 0.1, 1.])

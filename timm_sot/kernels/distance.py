@@ -10,6 +10,8 @@ from typing import Tuple
 
 import torch
 
+from .operands import check_one_device
+
 __all__ = ['distance_by_product', 'euclidean_distance']
 
 # Squared distances below this part of |x|^2 + |y|^2, about the mean, are rounding errors of float64: distances of less
@@ -29,6 +31,7 @@ def euclidean_distance(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
 
 @euclidean_distance.register_fake
 def _(x, y):
+    check_one_device(x, y)
     return x.new_empty(*x.shape[:-1], y.shape[-2])
 
 
@@ -63,6 +66,7 @@ def _gradients(
 
 @euclidean_distance_backward.register_fake
 def _(grad, x, y, distance):
+    check_one_device(grad, x, y, distance)
     return x.new_empty(x.shape), y.new_empty(y.shape)
 
 

@@ -13,7 +13,7 @@ from typing import Optional, Tuple
 import torch
 
 from . import cpu
-from .operands import empty_gradients, empty_heads
+from .operands import check_one_device, empty_gradients, empty_heads
 from .threads import loops_work
 
 __all__ = ['choose_path', 'fused_sot_attention']
@@ -126,6 +126,7 @@ def _forward(
 
 @_forward.register_fake
 def _fake_forward(q, k, v, operands, softmax, reg, iters, scale, dropout_p, seed, distance, path):
+    check_one_device(q, k, v)
     return empty_heads(q), _implementation(path).empty_saved(q, iters)
 
 
@@ -152,6 +153,7 @@ def _backward(
 
 @_backward.register_fake
 def _fake_backward(grad_out, q, k, v, saved, operands, softmax, reg, iters, scale, dropout_p, seed, distance, path):
+    check_one_device(grad_out, q, k, v, saved)
     return empty_gradients(q, operands)
 
 

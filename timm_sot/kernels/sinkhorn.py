@@ -18,6 +18,7 @@ from typing import List, Tuple
 
 import torch
 
+from .operands import check_one_device
 from .threads import loops_work, share_out
 
 __all__ = ['loops_pay', 'scaling_is_safe', 'sinkhorn']
@@ -99,6 +100,7 @@ def sinkhorn_backward(
 
 @sinkhorn_backward.register_fake
 def _(grad, log_kernel, iters, log_r, log_c, scaling):
+    check_one_device(grad, log_kernel)
     return log_kernel.new_empty(log_kernel.shape)
 
 
