@@ -95,25 +95,26 @@ def solve(
     `spread` is a promise: no two finite entries of a problem's log-kernel are farther apart. A small one lets the
     iterations run on the kernel itself, without exponentials and logarithms.
     """
-    N, M = log_kernel.shape[-2], log_kernel.shape[-1]
-    log_r = -math.log(N) if row_mass is None else math.log(row_mass)
-    log_c = log_r + math.log(N) - math.log(M)
     if torch.jit.is_scripting():
-        return solve_step_by_step(log_kernel, iters, tol, log_r, log_c)
+        return solve_step_by_step(log_kernel, iters, tol, row_mass)
     elif tol is not None or not operators_work():
-        return solve_step_by_step(log_kernel, iters, tol, log_r, log_c)
+        return solve_step_by_step(log_kernel, iters, tol, row_mass)
     else:
-        return kernel.sinkhorn(log_kernel, iters, log_r, log_c, kernel.scaling_is_safe(spread, log_kernel.dtype))
+        return kernel.sinkhorn(log_kernel, iters, row_mass, kernel.scaling_is_safe(spread, log_kernel.dtype))
 
 
 def solve_step_by_step(
         log_kernel: torch.Tensor,
         iters: int,
         tol: Optional[float],
-        log_r: float,
-        log_c: float,
+        row_mass: Optional[float],
 ) -> torch.Tensor:
     """The iterations as plain operations, for an early stop and for formats that know no operators of ours."""
+    # tensors, not numbers: a logarithm of a number would be a constant of what is traced, and so the shape
+    N = torch.full((1,), log_kernel.shape[-2], dtype=log_kernel.dtype, device=log_kernel.device)
+    M = torch.full((1,), log_kernel.shape[-1], dtype=log_kernel.dtype, device=log_kernel.device)
+    log_r = -N.log() if row_mass is None else torch.full_like(N, math.log(row_mass))
+    log_c = log_r + (N.log() - M.log())
     u = torch.zeros_like(log_kernel[..., :1])  # (..., N, 1)
     v = torch.zeros_like(log_kernel[..., :1, :])  # (..., 1, M)
     for _ in range(iters):

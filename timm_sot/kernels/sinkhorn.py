@@ -14,7 +14,7 @@ In the scaling form C_t = a_t K b_t / c and R_t = a_t K b_{t-1} / r, so that the
 products of vectors, which is one product of matrices.
 """
 import math
-from typing import List, Tuple
+from typing import List, Optional, Tuple
 
 import torch
 
@@ -50,18 +50,19 @@ def loops_pay(problems: torch.Tensor, scaling: bool) -> bool:
 
 
 @torch.library.custom_op('timm_sot::sinkhorn', mutates_args=())
-def sinkhorn(log_kernel: torch.Tensor, iters: int, log_r: float, log_c: float, scaling: bool) -> torch.Tensor:
+def sinkhorn(log_kernel: torch.Tensor, iters: int, row_mass: Optional[float], scaling: bool) -> torch.Tensor:
     """Log-kernel (..., N, M) to log-plan.
 
     Args:
         log_kernel: In float32 or float64.
         iters: Number of iterations.
-        log_r: Logarithm of the mass of each row.
-        log_c: Logarithm of the mass of each column.
+        row_mass: Mass of each row, None for 1 / N. Its logarithm is taken in here, where N is a number: compilers of
+            dynamic shapes would make it a constant.
         scaling: Iterate a = r / (K b), b = c / (K^T a) with K = exp(log_kernel), see `scaling_is_safe`; else on
             logarithms. The compiled loops do not rely on it.
     """
     problems = _problems(log_kernel)
+    log_r, log_c = _log_masses(log_kernel, row_mass)
     if loops_pay(problems, scaling):
         return _run_loops('sinkhorn_forward', 2, (problems,), iters, log_r, log_c).view(log_kernel.shape)
     with torch.autocast(log_kernel.device.type, enabled=False):
@@ -73,7 +74,7 @@ def sinkhorn(log_kernel: torch.Tensor, iters: int, log_r: float, log_c: float, s
 
 
 @sinkhorn.register_fake
-def _(log_kernel, iters, log_r, log_c, scaling):
+def _(log_kernel, iters, row_mass, scaling):
     return log_kernel.new_empty(log_kernel.shape)
 
 
@@ -82,12 +83,12 @@ def sinkhorn_backward(
         grad: torch.Tensor,
         log_kernel: torch.Tensor,
         iters: int,
-        log_r: float,
-        log_c: float,
+        row_mass: Optional[float],
         scaling: bool,
 ) -> torch.Tensor:
     """Gradient of the log-plan to that of the log-kernel."""
     problems, grad = _problems(log_kernel), _problems(grad)
+    log_r, log_c = _log_masses(log_kernel, row_mass)
     if loops_pay(problems, scaling):
         return _run_loops('sinkhorn_backward', 6, (grad, problems), iters, log_r, log_c).view(log_kernel.shape)
     with torch.autocast(log_kernel.device.type, enabled=False):
@@ -99,7 +100,7 @@ def sinkhorn_backward(
 
 
 @sinkhorn_backward.register_fake
-def _(grad, log_kernel, iters, log_r, log_c, scaling):
+def _(grad, log_kernel, iters, row_mass, scaling):
     check_one_device(grad, log_kernel)
     return log_kernel.new_empty(log_kernel.shape)
 
@@ -111,7 +112,7 @@ def _setup_context(ctx, inputs, output):
 
 def _differentiate(ctx, grad):
     log_kernel, = ctx.saved_tensors
-    return sinkhorn_backward(grad, log_kernel, *ctx.settings), None, None, None, None
+    return sinkhorn_backward(grad, log_kernel, *ctx.settings), None, None, None
 
 
 def _setup_context_again(ctx, inputs, output):
@@ -121,7 +122,8 @@ def _setup_context_again(ctx, inputs, output):
 
 def _differentiate_again(ctx, grad_grad):
     """Derivatives of the gradient, by differentiating the iterations twice as plain operations."""
-    iters, log_r, log_c, _ = ctx.settings
+    iters, row_mass, _ = ctx.settings
+    log_r, log_c = _log_masses(grad_grad, row_mass)
 
     def plan(log_kernel):
         problems = _problems(log_kernel)
@@ -133,11 +135,18 @@ def _differentiate_again(ctx, grad_grad):
         return vjp(grad)[0]
 
     _, vjp = torch.func.vjp(gradient, *ctx.saved_tensors)
-    return *vjp(grad_grad), None, None, None, None
+    return *vjp(grad_grad), None, None, None
 
 
 sinkhorn.register_autograd(_differentiate, setup_context=_setup_context)
 sinkhorn_backward.register_autograd(_differentiate_again, setup_context=_setup_context_again)
+
+
+def _log_masses(log_kernel: torch.Tensor, row_mass: Optional[float]) -> Tuple[float, float]:
+    """Logarithms of the mass of a row and of a column."""
+    N, M = log_kernel.shape[-2:]
+    log_r = math.log(row_mass) if row_mass is not None else -math.log(N)
+    return log_r, log_r + math.log(N) - math.log(M)
 
 
 def _problems(x: torch.Tensor) -> torch.Tensor:
