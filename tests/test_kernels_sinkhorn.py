@@ -412,9 +412,9 @@ def test_compile_and_export():
             return plan(log_kernel)
 
     exported = torch.export.export(Plan(), (log_kernel,), dynamic_shapes=({0: torch.export.Dim('batch')},))
-    assert 'timm_sot.sinkhorn' in str(exported.graph)
+    assert ('timm_sot' in str(exported.graph)) == (not hasattr(torch.compiler, 'is_exporting'))
     many = make_log_kernel(4, 6, 7, dtype=torch.float32)
-    assert torch.equal(exported.module()(many), plan(many))
+    assert error(exported.module()(many), plan(many)) < 1e-6
 
 
 def test_fake_and_meta_tensors():

@@ -14,6 +14,8 @@ from .kernels import sinkhorn as kernel
 
 __all__ = ['sinkhorn']
 
+is_exporting = getattr(torch.compiler, 'is_exporting', lambda: False)  # older versions of torch cannot be asked
+
 
 def sinkhorn(
         log_kernel: torch.Tensor,
@@ -75,12 +77,13 @@ def compute_dtype(x: torch.Tensor) -> torch.dtype:
 
 
 def operators_work() -> bool:
-    """Whether what is running now can deal with operators of ours: traces and ONNX files are to run without this
-    package, torch.func cannot differentiate them, and they silently drop the tangents of forward-mode derivatives.
+    """Whether what is running now can deal with operators of ours: traces, exported programs and ONNX files are to run
+    without this package, torch.func cannot differentiate them, and they silently drop the tangents of forward-mode
+    derivatives.
     """
     return not (
-        torch.jit.is_tracing() or torch.onnx.is_in_onnx_export() or torch._C._are_functorch_transforms_active()
-        or forward_ad._current_level >= 0)
+        torch.jit.is_tracing() or is_exporting() or torch.onnx.is_in_onnx_export()
+        or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0)
 
 
 def solve(
