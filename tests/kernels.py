@@ -10,6 +10,7 @@ import torch
 import reference
 from timm_sot import attention
 from timm_sot.kernels import fused
+from timm_sot.kernels.threads import loops_work
 
 HAS_TRITON = importlib.util.find_spec('triton') is not None
 HAS_CUDA = torch.cuda.is_available()
@@ -22,7 +23,7 @@ BARS = {torch.float32: (1e-5, 1e-4), torch.float16: (2e-3, 6e-3), torch.bfloat16
 PATHS = [
     *(pytest.param(path, marks=pytest.mark.skipif(not HAS_TRITON, reason='needs triton'))
       for path in ('onchip', 'streamed')),
-    pytest.param('cpu', marks=pytest.mark.skipif(not fused.HAS_CPU, reason='needs numba')),
+    pytest.param('cpu', marks=pytest.mark.skipif(not loops_work(), reason='needs numba')),
 ]
 
 

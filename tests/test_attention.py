@@ -5,11 +5,13 @@ import io
 import math
 import pickle
 import re
+import shutil
 from pathlib import Path
 
 import pytest
 import timm.layers.attention
 import torch
+import torch._inductor.config
 from safetensors.torch import load_file
 from timm.layers import Attention
 from torch import nn
@@ -433,6 +435,20 @@ def test_compile_without_graph_breaks(variant, kwargs):
     compiled = torch.compile(layer, fullgraph=True, backend='eager')
     for actual, value in zip(output_and_gradients(compiled, make_tokens()), expected):
         assert error(actual, value) < 1e-5
+
+
+@pytest.mark.skipif(not (shutil.which('g++') or shutil.which('clang++')), reason='inductor needs a C++ compiler')
+def test_compile_unfused_with_inductor():
+    """Whose code takes results to be laid out as the fakes of the operators say; K^T goes in transposed."""
+    torch._dynamo.reset()
+    layer = make_layer('sot_qkt', iters=2)
+    layer.fused_attn = False
+    expected = output_and_gradients(layer, make_tokens())
+    # its cache on the disk would bring back what an earlier version of the operators looked like
+    with torch._inductor.config.patch(force_disable_caches=True):
+        compiled = torch.compile(layer, fullgraph=True)
+        for actual, value in zip(output_and_gradients(compiled, make_tokens()), expected):
+            assert error(actual, value) < 1e-5
 
 
 @pytest.mark.parametrize('variant', ALL)

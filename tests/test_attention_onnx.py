@@ -11,7 +11,7 @@ onnxruntime = pytest.importorskip('onnxruntime')
 
 
 @pytest.mark.filterwarnings('ignore')
-@pytest.mark.parametrize('how', ['exportable', 'fused_attn'])
+@pytest.mark.parametrize('how', ['default', 'exportable', 'fused_attn'])
 def test_cct_2_sot_qk(tmp_path, how):
     torch.manual_seed(0)
     if how == 'exportable':
@@ -20,9 +20,9 @@ def test_cct_2_sot_qk(tmp_path, how):
     else:
         model = timm.create_model('cct_2_sot_qk')
         for block in model.blocks:
-            block.attn.fused_attn = False
+            block.attn.fused_attn = how == 'default'
     model.eval()
-    assert not any(block.attn.fused_attn for block in model.blocks)
+    assert all(block.attn.fused_attn == (how == 'default') for block in model.blocks)
     images = torch.randn(2, 3, 32, 32)
     file = tmp_path / 'model.onnx'
     torch.onnx.export(model, (images,), file, dynamo=True, verbose=False)

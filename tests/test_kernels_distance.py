@@ -64,11 +64,43 @@ def test_close_points(gap, offset):
     assert ((close - wanted).abs() < 1e-5 * wanted + 1e-7 * x.norm(dim=-1)).all()
 
 
+LAYOUTS = {
+    'contiguous': lambda x: x,
+    'transposed': lambda x: x.mT.contiguous().mT,
+    'expanded': lambda x: x[:1].expand_as(x),
+    'heads': lambda x: x[:, None].repeat(1, 2, 1, 1).transpose(1, 2).contiguous().transpose(1, 2),
+}
+
+
+def test_squares_beyond_float32():
+    points = torch.tensor([[0., 0.], [1e20, 0.], [3e20, 1e20], [0., 1e-30]])
+    for function in (euclidean_distance, distance_by_product):
+        assert error(function(points, points), torch.cdist(points.double(), points.double())) < 1e-6
+    huge = torch.tensor([[0., 0.], [1e200, 0.]], dtype=torch.float64)
+    assert distance_by_product(huge, huge)[0, 1] > 1e199, 'an overflow is not a distance of 0'
+
+
+@pytest.mark.parametrize('outlier, bar', [(1e4, 1e-6), (1e6, 1e-5), (1e7, 1e-3)])
+def test_beside_an_outlier(outlier, bar):
+    x = make_points(2, 20, 8)
+    x[:, 7] *= outlier
+    others = torch.arange(20) != 7
+    actual = euclidean_distance(x, x)[:, others][:, :, others]
+    wanted = torch.cdist(x[:, others].double(), x[:, others].double(), compute_mode='donot_use_mm_for_euclid_dist')
+    off = ~torch.eye(19, dtype=torch.bool)
+    assert (actual[:, off] / wanted[:, off] - 1).abs().max() < bar
+
+
 @DTYPES
-def test_opcheck(dtype, bar):
-    x, y = make_points(2, 5, 3, dtype=dtype), make_points(2, 4, 3, dtype=dtype, seed=1)
-    torch.library.opcheck(euclidean_distance, (x.clone().requires_grad_(), y.clone().requires_grad_()))
-    torch.library.opcheck(euclidean_distance_backward, (torch.ones(2, 5, 4, dtype=dtype), x, y, euclidean_distance(x, y)))
+@pytest.mark.parametrize('layout', LAYOUTS)
+def test_opcheck(layout, dtype, bar):
+    """Also the strides of the results are those that the fakes promise: inductor's code relies on them."""
+    x, y = (
+        LAYOUTS[layout](make_points(2, N, 3, dtype=dtype, seed=seed)) for N, seed in ((5, 0), (4, 1)))
+    torch.library.opcheck(euclidean_distance, (x.detach().requires_grad_(), y.detach().requires_grad_()))
+    distance = euclidean_distance(x, y)
+    for grad in (torch.ones_like(distance), LAYOUTS[layout](make_points(2, 5, 4, dtype=dtype)).reshape(distance.shape)):
+        torch.library.opcheck(euclidean_distance_backward, (grad, x, y, distance))
 
 
 def test_gradcheck():
@@ -100,6 +132,18 @@ def test_autocast_changes_nothing():
         assert all(map(torch.equal, gradients(euclidean_distance, x, y), plain))
 
 
+def test_mixed_devices():
+    """On the meta device nothing looks into the tensors: what came out would be memory that nobody has written."""
+    x, y, distance = make_points(4, 3), make_points(5, 3), make_points(4, 5)
+    for args in ((x, y.to('meta')), (x.to('meta'), y)):
+        with pytest.raises(RuntimeError, match='on one device, got .*meta'):
+            euclidean_distance(*args)
+    for i in range(4):
+        args = [z.to('meta') if j == i else z for j, z in enumerate((distance, x, y, distance))]
+        with pytest.raises(RuntimeError, match='on one device, got .*meta'):
+            euclidean_distance_backward(*args)
+
+
 def test_compile_fake_and_meta():
     x, y = make_points(2, 6, 4), make_points(2, 6, 4, seed=1)
     compiled = torch.compile(lambda x, y: euclidean_distance(x, y).square(), fullgraph=True, backend='aot_eager')
@@ -110,11 +154,19 @@ def test_compile_fake_and_meta():
     assert euclidean_distance(torch.randn(2, 6, 4, device='meta'), torch.randn(2, 5, 4, device='meta')).shape == (2, 6, 5)
 
 
-def test_second_derivative_says_no():
-    x = make_points(4, 3).requires_grad_()
-    grad, = torch.autograd.grad(euclidean_distance(x, x.detach() + 1).square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match='no second derivative'):
-        grad.sum().backward()
+def test_second_derivative():
+    x, y = (make_points(2, 4, 3, dtype=torch.float64, seed=seed).requires_grad_() for seed in (0, 1))
+    assert torch.autograd.gradgradcheck(euclidean_distance, (x, y))
+    once, = torch.autograd.grad(euclidean_distance(x, y).square().sum(), x, create_graph=True)
+    # sum over j of |x_i - y_j|^2
+    assert error(torch.autograd.grad(once.sum(), x, create_graph=True)[0], torch.full_like(x, 8.)) < 1e-13
+
+
+def test_second_derivative_at_equal_points():
+    x = make_points(1, 3).expand(4, 3).requires_grad_()
+    grad, = torch.autograd.grad(euclidean_distance(x, x).square().sum(), x, create_graph=True)
+    again, = torch.autograd.grad(grad.square().sum(), x)
+    assert (grad == 0).all() and (again == 0).all()
 
 
 def test_by_product():

@@ -1,4 +1,6 @@
-""" How the compiled loops are shared out """
+""" Whether the compiled loops can be run, and how they are shared out """
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -51,3 +53,27 @@ def test_errors_of_a_thread_are_raised(four_threads):
 
     with pytest.raises(FloatingPointError, match='the last part'):
         share_out(fail, 4, LEAST_WORK)
+
+
+def test_numba_that_does_not_import(tmp_path):
+    """All runs in plain torch, compiled too, after one warning that says why."""
+    (tmp_path / 'numba.py').write_text("raise ImportError('Numba needs NumPy 1.0 or less')\n")
+    code = '''
+import sys, warnings
+sys.path.insert(0, sys.argv[1])
+import torch
+from timm_sot import SOTAttention, self_optimal_transport
+layer, x = SOTAttention(32, 2), torch.randn(2, 9, 32)
+with warnings.catch_warnings(record=True) as seen:
+    warnings.simplefilter('always')
+    if sys.argv[2] == 'compiled':
+        layer = torch.compile(layer, fullgraph=True, backend='eager')
+    layer(x).sum().backward()
+    layer(x).sum().backward()
+    self_optimal_transport(x)
+said = [str(w.message) for w in seen if 'numba' in str(w.message)]
+assert len(said) == 1 and 'ImportError: Numba needs NumPy 1.0 or less. Install a version' in said[0], said
+assert sys.modules.get('timm_sot.kernels.cpu_loops') is None
+'''
+    for how in ('eager', 'compiled'):
+        subprocess.run([sys.executable, '-c', code, tmp_path, how], check=True)

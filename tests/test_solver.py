@@ -4,6 +4,7 @@ import re
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 
 import reference
 from reference import error
@@ -244,6 +245,17 @@ def test_bad_dtype():
     message = 'log_kernel must be floating point, got torch.int64; convert it, e.g. with .float()'
     with pytest.raises(ValueError, match=re.escape(message)):
         sinkhorn(torch.zeros(4, 4, dtype=torch.int64))
+
+
+def test_forward_mode():
+    log_kernel = make_log_kernel(2, 5, 6)
+    tangent = make_log_kernel(2, 5, 6, seed=1)
+    with forward_ad.dual_level():
+        plan = sinkhorn(forward_ad.make_dual(log_kernel, tangent)).exp()
+        derivative = forward_ad.unpack_dual(plan.square().sum()).tangent
+    log_kernel.requires_grad_()
+    grad, = torch.autograd.grad(sinkhorn(log_kernel).exp().square().sum(), log_kernel)
+    assert error(derivative, (grad * tangent).sum()) < 1e-11
 
 
 def test_no_problems_at_all():

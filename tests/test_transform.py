@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
+from torch.autograd import forward_ad
 
 import reference
 from reference import error
@@ -473,6 +474,12 @@ def test_bad_dtype():
         self_optimal_transport(torch.zeros(4, 3, dtype=torch.int64))
 
 
+def test_two_devices():
+    x = make_points(4, 3)
+    with pytest.raises(ValueError, match='x and y must be on the same device, got cpu and meta; move one'):
+        self_optimal_transport(x, x.to('meta'))
+
+
 # The promise that transform gives to the solver, and what runs without eager mode
 
 @pytest.mark.parametrize('reg', [0.05, 0.1, 1.])
@@ -526,6 +533,17 @@ def test_onnx(distance, tmp_path):
     session = onnxruntime.InferenceSession(file, providers=['CPUExecutionProvider'])
     out, = session.run(None, {given.name: z.numpy() for given, z in zip(session.get_inputs(), (x, y))})
     assert error(torch.from_numpy(out), Transform()(x, y)) < 1e-5
+
+
+@pytest.mark.parametrize('distance', DISTANCES)
+def test_forward_mode(distance):
+    x, tangent = make_points(2, 6, 4), make_points(2, 6, 4, seed=1)
+    with forward_ad.dual_level():
+        out = self_optimal_transport(forward_ad.make_dual(x, tangent), distance=distance)
+        derivative = forward_ad.unpack_dual(out.square().sum()).tangent
+    x.requires_grad_()
+    grad, = torch.autograd.grad(self_optimal_transport(x, distance=distance).square().sum(), x)
+    assert error(derivative, (grad * tangent).sum()) < 1e-4
 
 
 def test_torch_func():

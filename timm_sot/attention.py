@@ -11,6 +11,7 @@ from timm.layers import Attention, maybe_add_mask, register_notrace_function
 
 from ._autoload import autoload
 from .kernels.fused import choose_path, fused_sot_attention
+from .solver import operators_work
 from .transform import autocast_disabled, check_transform_args, compute_dtype, sot_matrix
 
 __all__ = ['SOTAttention', 'VARIANTS']
@@ -137,7 +138,7 @@ def sot_attention(
         dropout_p: Dropout probability of the weights.
     """
     if not torch.jit.is_scripting():
-        path = 'eager' if torch.jit.is_tracing() else choose_path(q.device, v.dtype, q.shape[-2], q.shape[-1], tol)
+        path = choose_path(q.device, v.dtype, q.shape[-2], q.shape[-1], tol) if operators_work() else 'eager'
         if path != 'eager':
             check_operands(q, operands)
             return fused_sot_attention(

@@ -9,10 +9,13 @@ import numbers
 from typing import Any, Optional
 
 import torch
+from torch.autograd import forward_ad
 
 from .kernels import sinkhorn as kernel
 
 __all__ = ['sinkhorn']
+
+is_exporting = getattr(torch.compiler, 'is_exporting', lambda: False)  # older versions of torch cannot be asked
 
 
 def sinkhorn(
@@ -30,8 +33,8 @@ def sinkhorn(
         u = log r - logsumexp_j(L + v),    v = log c - logsumexp_i(L + u)
 
     and the plan is log P = L + u + v. The column sums of P are exact, the row sums converge to r. The gradient is that
-    of the iterations that ran, not of their limit; it keeps the log-kernel alone, however many they were, and cannot be
-    differentiated again (with `tol` it can, and keeps every step).
+    of the iterations that ran, not of their limit; it keeps the log-kernel alone, however many they were. With `tol`, and
+    when it is itself differentiated, every step is kept.
 
     Args:
         log_kernel: Log-kernel of shape (..., N, M), -cost / reg in transport. Entries may be -inf (no mass there, zero
@@ -80,11 +83,13 @@ def compute_dtype(x: torch.Tensor) -> torch.dtype:
 
 
 def operators_work() -> bool:
-    """Whether what is running now can deal with operators of ours: traces and ONNX files are to run without this
-    package, and torch.func cannot differentiate them.
+    """Whether what is running now can deal with operators of ours: traces, exported programs and ONNX files are to run
+    without this package, torch.func cannot differentiate them, and they silently drop the tangents of forward-mode
+    derivatives.
     """
     return not (
-        torch.jit.is_tracing() or torch.onnx.is_in_onnx_export() or torch._C._are_functorch_transforms_active())
+        torch.jit.is_tracing() or is_exporting() or torch.onnx.is_in_onnx_export()
+        or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0)
 
 
 def solve(
@@ -99,25 +104,26 @@ def solve(
     `spread` is a promise: no two finite entries of a problem's log-kernel are farther apart. A small one lets the
     iterations run on the kernel itself, without exponentials and logarithms.
     """
-    N, M = log_kernel.shape[-2], log_kernel.shape[-1]
-    log_r = -math.log(N) if row_mass is None else math.log(row_mass)
-    log_c = log_r + math.log(N) - math.log(M)
     if torch.jit.is_scripting():
-        return solve_step_by_step(log_kernel, iters, tol, log_r, log_c)
+        return solve_step_by_step(log_kernel, iters, tol, row_mass)
     elif tol is not None or not operators_work():
-        return solve_step_by_step(log_kernel, iters, tol, log_r, log_c)
+        return solve_step_by_step(log_kernel, iters, tol, row_mass)
     else:
-        return kernel.sinkhorn(log_kernel, iters, log_r, log_c, kernel.scaling_is_safe(spread, log_kernel.dtype))
+        return kernel.sinkhorn(log_kernel, iters, row_mass, kernel.scaling_is_safe(spread, log_kernel.dtype))
 
 
 def solve_step_by_step(
         log_kernel: torch.Tensor,
         iters: int,
         tol: Optional[float],
-        log_r: float,
-        log_c: float,
+        row_mass: Optional[float],
 ) -> torch.Tensor:
     """The iterations as plain operations, for an early stop and for formats that know no operators of ours."""
+    # tensors, not numbers: a logarithm of a number would be a constant of what is traced, and so the shape
+    N = torch.full((1,), log_kernel.shape[-2], dtype=log_kernel.dtype, device=log_kernel.device)
+    M = torch.full((1,), log_kernel.shape[-1], dtype=log_kernel.dtype, device=log_kernel.device)
+    log_r = -N.log() if row_mass is None else torch.full_like(N, math.log(row_mass))
+    log_c = log_r + (N.log() - M.log())
     u = torch.zeros_like(log_kernel[..., :1])  # (..., N, 1)
     v = torch.zeros_like(log_kernel[..., :1, :])  # (..., 1, M)
     for _ in range(iters):

@@ -69,7 +69,7 @@ def self_optimal_transport(
         autocast.
 
     Raises:
-        ValueError: If an argument is out of its range, or `x` and `y` differ in shape.
+        ValueError: If an argument is out of its range, or `x` and `y` differ in shape or device.
     """
     check_transform_args(distance, reg, iters, tol, row_mass)
     if normalize not in NORMALIZE:
@@ -82,6 +82,8 @@ def self_optimal_transport(
         raise ValueError(
             f'x and y must have the same shape (..., N, D), got x {tuple(x.shape)} and y {tuple(y.shape)}; '
             f'a set is matched with one of equal size, for other sizes build the log-kernel and call sinkhorn.')
+    if y is not None and x.device != y.device:
+        raise ValueError(f'x and y must be on the same device, got {x.device} and {y.device}; move one, with .to().')
     with autocast_disabled(x.device):
         points = x.to(compute_dtype(x))  # cast once: with two, float16 gradients can overflow before their sum
         others = points if y is None else y.to(points.dtype)
@@ -181,7 +183,7 @@ def pairwise_distance(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         return euclidean_distance(x, y)
     elif torch.jit.is_tracing():
         return torch.cdist(x, y, compute_mode='donot_use_mm_for_euclid_dist')
-    else:  # ONNX has no cdist, and torch.func.jacrev of it is 0
+    else:  # ONNX has no cdist, torch.func.jacrev of it is 0, and on a CPU it is slow
         return distance_by_product(x, y)
 
 

@@ -4,8 +4,9 @@ The same functions as `onchip`, with the loops of `cpu_loops`, which numba compi
 exist. Problems are shared out among as many threads as torch uses. Kept for the backward pass: the costs, as large as
 the weights that softmax attention keeps, and the scaling vectors.
 
-The formulas are those of `onchip`; distances and their gradients are sums of differences, so they are exact for points
-that are close to each other and far from the origin.
+The formulas are those of `onchip`, but for the cosine distance: as half the squared distance of unit vectors it does
+not cancel. Distances and their gradients are sums of differences, so they are exact for points that are close to each
+other and far from the origin; the cosine distance of close directions is as exact as float32 has the directions.
 """
 from typing import Any, Optional, Tuple
 

@@ -352,18 +352,19 @@ def _row_max(row):
 
 
 @_fast
-def _costs(x, y_transposed, scratch, costs, N, D, cosine):
-    """Distances in the first N rows of `costs`, 0 in the padding, and the largest of each row in the row after."""
+def _costs(x, y_transposed, x_inverse_norms, y_inverse_norms, scratch, costs, N, D, cosine):
+    """Distances in the first N rows of `costs`, 0 in the padding, and the largest of each row in the row after.
+
+    For `cosine` the rows are of length 1, and 1 - xy is half their squared distance, which does not cancel.
+    """
     R = scratch.shape[0]
-    if cosine:
-        _dot(x, y_transposed, scratch, R, R, D)
-    else:
-        _distance(x, y_transposed, scratch, R, R, D)
+    _distance(x, y_transposed, scratch, R, R, D)
     for i in range(N):
         source, target = scratch[i], costs[i]
         if cosine:
             for j in range(R):
-                target[j] = max(ONE - source[j], ZERO)
+                zero = x_inverse_norms[i] == ZERO or y_inverse_norms[j] == ZERO
+                target[j] = ONE if zero else HALF * source[j]
         else:
             for j in range(R):
                 target[j] = np.sqrt(source[j])
@@ -613,16 +614,26 @@ def _costs_backward(costs, grad, N, reg, cosine):
                 g[j] = g[j] / c[j] if c[j] > ZERO else ZERO
 
 
+@_jit()
+def _constant_costs(grad, x_inverse_norms, y_inverse_norms, N):
+    """No gradient where one of the rows is zero: their cost is 1 whatever the other; in place."""
+    for i in range(N):
+        g = grad[i]
+        for j in range(N):
+            zero = x_inverse_norms[i] == ZERO or y_inverse_norms[j] == ZERO
+            g[j] = ZERO if zero else g[j]
+
+
 @_fast
-def _cosine_backward(grad, unit, inverse_norms, N):
-    """Gradient of the unit rows, negated as the costs are, to that of the rows; in place."""
+def _unit_rows_backward(grad, unit, inverse_norms, N):
+    """Gradient of the unit rows to that of the rows; in place."""
     for i in range(N):
         g, x = grad[i], unit[i]
         along = ZERO
         for d in range(g.size):
             along += g[d] * x[d]
         for d in range(g.size):
-            g[d] = (along * x[d] - g[d]) * inverse_norms[i]
+            g[d] = (g[d] - along * x[d]) * inverse_norms[i]
 
 
 @_jit()
@@ -646,7 +657,8 @@ def attention_forward(
     x, y, values, result = _matrix(R, W), _matrix(R, W), _matrix(R, W), _matrix(R, W)
     y_transposed = _matrix(W, R)
     kernel, sot, weights = _matrix(R, R), _matrix(R, R), _matrix(R, R)
-    a, b, sums, terms, inverse_norms, factor = _vector(R), _vector(R), _vector(R), _vector(R), _vector(R), _vector(R)
+    a, b, sums, terms, factor = _vector(R), _vector(R), _vector(R), _vector(R), _vector(R)
+    x_inverse_norms, y_inverse_norms = _vector(R), _vector(R)
     start_b = ZERO if log else ONE
     mass, log2_mass = ONE / np.float32(N), np.float32(-math.log2(N))
     for problem in range(first, last):
@@ -665,13 +677,14 @@ def attention_forward(
             _store(result, out, batch * out_strides[0] + head * out_strides[1], out_strides[2], N, D)
             continue
         if cosine:
-            _to_unit_rows(x, inverse_norms, N)
+            _to_unit_rows(x, x_inverse_norms, N)
             if own:
+                _copy(x_inverse_norms, y_inverse_norms)
                 _transpose(x, y_transposed)
             else:
-                _to_unit_rows(y, inverse_norms, N)
+                _to_unit_rows(y, y_inverse_norms, N)
                 _transpose(y, y_transposed)
-        _costs(x, y_transposed, sot, costs, N, D, cosine)
+        _costs(x, y_transposed, x_inverse_norms, y_inverse_norms, sot, costs, N, D, cosine)
 
         _kernel(costs, kernel, N, reg, log)
         _fill(b[:N], start_b)
@@ -708,7 +721,7 @@ def attention_backward(
     row_factors, column_factors = _matrix(2 * iters, R), _matrix(2 * iters, R)
     rows, columns = _matrix(iters, R), _matrix(iters + 1, R)  # scaling vectors after each iteration; columns' before too
     a, b, grad_a, grad_b, sums, factor = _vector(R), _vector(R), _vector(R), _vector(R), _vector(R), _vector(R)
-    inverse_norms, other_inverse_norms = _vector(R), _vector(R)
+    x_inverse_norms, y_inverse_norms = _vector(R), _vector(R)
     start_b = ZERO if log else ONE
     mass, log2_mass = ONE / np.float32(N), np.float32(-math.log2(N))
     for problem in range(first, last):
@@ -788,15 +801,14 @@ def attention_backward(
         _costs_backward(costs, grad, N, reg, cosine)
 
         if cosine:
-            _to_unit_rows(x, inverse_norms, N)
-            _to_unit_rows(y, other_inverse_norms, N)
-            _dot(grad, y, result, R, W, N)
-            _dot(grad.T, x, other, R, W, N)
-            _cosine_backward(result, x, inverse_norms, N)
-            _cosine_backward(other, y, other_inverse_norms, N)
-        else:
-            _pull(grad, x, y, result, R, W, N)
-            _pull(grad.T, y, x, other, R, W, N)
+            _to_unit_rows(x, x_inverse_norms, N)
+            _to_unit_rows(y, y_inverse_norms, N)
+            _constant_costs(grad, x_inverse_norms, y_inverse_norms, N)
+        _pull(grad, x, y, result, R, W, N)
+        _pull(grad.T, y, x, other, R, W, N)
+        if cosine:
+            _unit_rows_backward(result, x, x_inverse_norms, N)
+            _unit_rows_backward(other, y, y_inverse_norms, N)
         if own:
             for i in range(N):
                 _add(result[i], other[i])

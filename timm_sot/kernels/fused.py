@@ -13,17 +13,22 @@ from typing import Optional, Tuple
 import torch
 
 from . import cpu
-from .operands import empty_gradients, empty_heads
-from .threads import has_numba
+from .operands import check_one_device, empty_gradients, empty_heads
+from .threads import loops_work
 
 __all__ = ['choose_path', 'fused_sot_attention']
 
-HAS_CPU = has_numba()
 HAS_TRITON = torch.version.cuda is not None and importlib.util.find_spec('triton') is not None
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 ONCHIP_MAX_TOKENS = 128  # above, an N x N matrix in float32 no longer fits into the registers of one program
 TRITON_MAX_WIDTH = 128  # above, nor do the queries, keys and values of a tile into its memory
+
+
+@torch.compiler.assume_constant_result  # compilers do not look inside
+def cpu_works() -> bool:
+    """Whether this process can run the fused loops for the CPU."""
+    return loops_work()
 
 
 def choose_path(
@@ -53,7 +58,7 @@ def choose_path(
                 torch.cuda.get_device_properties(device).major >= 8):
             return 'onchip' if tokens <= ONCHIP_MAX_TOKENS else 'streamed'
     elif device.type == 'cpu':
-        if HAS_CPU and tokens <= cpu.MAX_TOKENS:
+        if cpu_works() and tokens <= cpu.MAX_TOKENS:
             return 'cpu'
     return 'eager'
 
@@ -121,6 +126,7 @@ def _forward(
 
 @_forward.register_fake
 def _fake_forward(q, k, v, operands, softmax, reg, iters, scale, dropout_p, seed, distance, path):
+    check_one_device(q, k, v)
     return empty_heads(q), _implementation(path).empty_saved(q, iters)
 
 
@@ -147,6 +153,7 @@ def _backward(
 
 @_backward.register_fake
 def _fake_backward(grad_out, q, k, v, saved, operands, softmax, reg, iters, scale, dropout_p, seed, distance, path):
+    check_one_device(grad_out, q, k, v, saved)
     return empty_gradients(q, operands)
 
 

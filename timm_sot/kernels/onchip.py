@@ -12,6 +12,9 @@ The backward pass differentiates the iterations that ran. With a_t, b_t the scal
 of the log-kernel is that of the plan minus N K * sum_t [a_t (gv_t b_t)^T + (gu_t a_t) b_{t-1}^T], where gu_t, gv_t are
 the gradients of log a_t, log b_t: vectors, found in a sweep from the last iteration to the first. Only the scaling
 vectors are kept from the forward pass.
+
+The cosine distance is 1 - cos, which cancels where directions are close: to an error of 1e-7 in float32 whatever it is
+itself. Row-normalized costs have errors of that divided by the largest of their row.
 """
 from typing import Dict, Optional, Tuple
 

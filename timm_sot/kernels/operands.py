@@ -3,7 +3,13 @@ from typing import Optional, Tuple
 
 import torch
 
-__all__ = ['dropout_numbers', 'empty_gradients', 'empty_heads', 'matched_points', 'unit_stride']
+__all__ = ['check_one_device', 'dropout_numbers', 'empty_gradients', 'empty_heads', 'matched_points', 'unit_stride']
+
+
+def check_one_device(*tensors: torch.Tensor) -> None:
+    """For the fakes of operators: one tensor on the meta device is enough to call them, with whatever others."""
+    devices = [str(x.device) for x in tensors]
+    torch._check(len(set(devices)) == 1, lambda: f'all tensors must be on one device, got {devices}')
 
 
 def unit_stride(x: torch.Tensor) -> torch.Tensor:

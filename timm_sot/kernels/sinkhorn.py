@@ -3,7 +3,8 @@
 In plain torch for any device, and where they pay in the loops of `cpu_loops`, which numba compiles: these take one
 problem after another, in cache, and find out for each whether the scaling form carries it.
 
-Kept for the backward pass is the log-kernel alone, however many iterations: the vectors are found again. With C_t the
+Kept for the backward pass is the log-kernel alone, however many iterations: the vectors are found again. A second
+derivative goes through the iterations as plain operations and keeps every step. With C_t the
 plan after iteration t with its columns scaled to sum 1, R_t the one after its row step with its rows scaled to sum 1,
 and gu_t, gv_t the gradients of the potentials u_t, v_t, from the last iteration to the first
 
@@ -13,15 +14,15 @@ In the scaling form C_t = a_t K b_t / c and R_t = a_t K b_{t-1} / r, so that the
 products of vectors, which is one product of matrices.
 """
 import math
-from typing import List, Tuple
+from typing import List, Optional, Tuple
 
 import torch
 
-from .threads import has_numba, share_out
+from .operands import check_one_device
+from .threads import loops_work, share_out
 
 __all__ = ['loops_pay', 'scaling_is_safe', 'sinkhorn']
 
-HAS_LOOPS = has_numba()
 TORCH_GRAIN = 2 ** 15  # elements from which on torch shares out an operation among threads
 
 
@@ -42,25 +43,26 @@ def loops_pay(problems: torch.Tensor, scaling: bool) -> bool:
     On one thread, from N = 16 to 4096, they need 3 % to 25 % of the time of plain torch on logarithms and 20 % to 85 %
     of that of its scaling form. But a problem stays on one thread, where plain torch may use all.
     """
-    if not HAS_LOOPS or problems.device.type != 'cpu' or problems.dtype != torch.float32:
+    if problems.device.type != 'cpu' or problems.dtype != torch.float32 or not loops_work():
         return False
     threads_of_a_problem = 1 if problems.numel() <= TORCH_GRAIN else torch.get_num_threads() / max(len(problems), 1)
     return threads_of_a_problem <= (2 if scaling else 8)
 
 
 @torch.library.custom_op('timm_sot::sinkhorn', mutates_args=())
-def sinkhorn(log_kernel: torch.Tensor, iters: int, log_r: float, log_c: float, scaling: bool) -> torch.Tensor:
+def sinkhorn(log_kernel: torch.Tensor, iters: int, row_mass: Optional[float], scaling: bool) -> torch.Tensor:
     """Log-kernel (..., N, M) to log-plan.
 
     Args:
         log_kernel: In float32 or float64.
         iters: Number of iterations.
-        log_r: Logarithm of the mass of each row.
-        log_c: Logarithm of the mass of each column.
+        row_mass: Mass of each row, None for 1 / N. Its logarithm is taken in here, where N is a number: compilers of
+            dynamic shapes would make it a constant.
         scaling: Iterate a = r / (K b), b = c / (K^T a) with K = exp(log_kernel), see `scaling_is_safe`; else on
             logarithms. The compiled loops do not rely on it.
     """
     problems = _problems(log_kernel)
+    log_r, log_c = _log_masses(log_kernel, row_mass)
     if loops_pay(problems, scaling):
         return _run_loops('sinkhorn_forward', 2, (problems,), iters, log_r, log_c).view(log_kernel.shape)
     with torch.autocast(log_kernel.device.type, enabled=False):
@@ -72,7 +74,7 @@ def sinkhorn(log_kernel: torch.Tensor, iters: int, log_r: float, log_c: float, s
 
 
 @sinkhorn.register_fake
-def _(log_kernel, iters, log_r, log_c, scaling):
+def _(log_kernel, iters, row_mass, scaling):
     return log_kernel.new_empty(log_kernel.shape)
 
 
@@ -81,12 +83,12 @@ def sinkhorn_backward(
         grad: torch.Tensor,
         log_kernel: torch.Tensor,
         iters: int,
-        log_r: float,
-        log_c: float,
+        row_mass: Optional[float],
         scaling: bool,
 ) -> torch.Tensor:
     """Gradient of the log-plan to that of the log-kernel."""
     problems, grad = _problems(log_kernel), _problems(grad)
+    log_r, log_c = _log_masses(log_kernel, row_mass)
     if loops_pay(problems, scaling):
         return _run_loops('sinkhorn_backward', 6, (grad, problems), iters, log_r, log_c).view(log_kernel.shape)
     with torch.autocast(log_kernel.device.type, enabled=False):
@@ -98,7 +100,8 @@ def sinkhorn_backward(
 
 
 @sinkhorn_backward.register_fake
-def _(grad, log_kernel, iters, log_r, log_c, scaling):
+def _(grad, log_kernel, iters, row_mass, scaling):
+    check_one_device(grad, log_kernel)
     return log_kernel.new_empty(log_kernel.shape)
 
 
@@ -109,17 +112,41 @@ def _setup_context(ctx, inputs, output):
 
 def _differentiate(ctx, grad):
     log_kernel, = ctx.saved_tensors
-    return sinkhorn_backward(grad, log_kernel, *ctx.settings), None, None, None, None
+    return sinkhorn_backward(grad, log_kernel, *ctx.settings), None, None, None
 
 
-def _refuse(ctx, grad):
-    raise RuntimeError(
-        'sinkhorn has no second derivative. With tol=0 it runs the same iterations as plain operations, which can be '
-        'differentiated any number of times.')
+def _setup_context_again(ctx, inputs, output):
+    grad, log_kernel, *ctx.settings = inputs
+    ctx.save_for_backward(grad, log_kernel)
+
+
+def _differentiate_again(ctx, grad_grad):
+    """Derivatives of the gradient, by differentiating the iterations twice as plain operations."""
+    iters, row_mass, _ = ctx.settings
+    log_r, log_c = _log_masses(grad_grad, row_mass)
+
+    def plan(log_kernel):
+        problems = _problems(log_kernel)
+        rows, columns = _iterate(problems, iters, log_r, log_c, False)
+        return (problems + rows[-1] + columns[-1]).view(log_kernel.shape)
+
+    def gradient(grad, log_kernel):
+        _, vjp = torch.func.vjp(plan, log_kernel)
+        return vjp(grad)[0]
+
+    _, vjp = torch.func.vjp(gradient, *ctx.saved_tensors)
+    return *vjp(grad_grad), None, None, None
 
 
 sinkhorn.register_autograd(_differentiate, setup_context=_setup_context)
-sinkhorn_backward.register_autograd(_refuse)
+sinkhorn_backward.register_autograd(_differentiate_again, setup_context=_setup_context_again)
+
+
+def _log_masses(log_kernel: torch.Tensor, row_mass: Optional[float]) -> Tuple[float, float]:
+    """Logarithms of the mass of a row and of a column."""
+    N, M = log_kernel.shape[-2:]
+    log_r = math.log(row_mass) if row_mass is not None else -math.log(N)
+    return log_r, log_r + math.log(N) - math.log(M)
 
 
 def _problems(x: torch.Tensor) -> torch.Tensor:

@@ -4,7 +4,7 @@ Memory grows with N (D + iters), in the manner of flash attention. Each Sinkhorn
 distance tiles with a running logsumexp, always in the log domain (base 2). Nothing but the inputs is kept for the
 backward pass, which runs the iterations again, keeps their potentials u_t, v_t, finds the gradients of these in a sweep
 from the last iteration to the first, and sums all tiles of the gradient of the distances in two last passes, one by
-rows for q and one by columns for k. See `onchip` for the formulas.
+rows for q and one by columns for k. See `onchip` for the formulas, and for the limits of the cosine distance.
 
 A tile is always [rows of x, rows of y]. AXIS = 1: a program owns a block of rows and runs over the columns; AXIS = 0:
 it owns a block of columns and runs over the rows.

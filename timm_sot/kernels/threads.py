@@ -1,20 +1,32 @@
-""" How the compiled loops of `cpu_loops` are run: whether there is numba, and on how many threads """
+""" How the compiled loops of `cpu_loops` are run: whether they can be, and on how many threads """
 import functools
+import importlib
 import importlib.util
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Callable
 
 import torch
 
-__all__ = ['has_numba', 'share_out']
+__all__ = ['loops_work', 'share_out']
 
 LEAST_WORK = 2 ** 20  # multiplications of a thread, a tenth of a millisecond: to start one takes about as long
 
 
 @functools.lru_cache(maxsize=None)
-def has_numba() -> bool:
-    """Whether numba is installed."""
-    return importlib.util.find_spec('numba') is not None
+def loops_work() -> bool:
+    """Whether the loops can be imported, which is tried when this is first asked; a numba that fails is warned of."""
+    if importlib.util.find_spec('numba') is None:
+        return False
+    try:
+        importlib.import_module(f'{__package__}.cpu_loops')
+    except Exception as e:  # an installed numba does not import where it does not fit numpy, for one
+        warnings.warn(
+            f'timm-sot runs without its compiled loops, several times slower on the CPU, because numba is installed '
+            f'but fails: {type(e).__name__}: {e}. Install a version of numba that works here, or remove it.',
+            RuntimeWarning)
+        return False
+    return True
 
 
 def share_out(loops: Callable[..., None], problems: int, work: int, *args: Any) -> None:
