@@ -33,8 +33,8 @@ def sinkhorn(
         u = log r - logsumexp_j(L + v),    v = log c - logsumexp_i(L + u)
 
     and the plan is log P = L + u + v. The column sums of P are exact, the row sums converge to r. The gradient is that
-    of the iterations that ran, not of their limit; it keeps the log-kernel alone, however many they were. With `tol`, and
-    when it is itself differentiated, every step is kept.
+    of the iterations that ran, not of their limit; it keeps the log-kernel alone, however many they were. With `tol`,
+    and when it is itself differentiated, every step is kept.
 
     Args:
         log_kernel: Log-kernel of shape (..., N, M), -cost / reg in transport. Entries may be -inf (no mass there, zero
