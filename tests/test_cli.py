@@ -76,7 +76,7 @@ def test_report_without_an_extra(package, monkeypatch, tmp_path, capsys):
     (['study', '--fraction', '2'], '--fraction: must be above 0 and at most 1'),
     (['study', '--holdout', '1'], '--holdout: must be at least 0 and below 1'),
     (['study', '--smoothing', '5'], '--smoothing: must be at least 0 and below 1'),
-    (['study', '--preset', 'seed'], '--preset seed is a study of CIFAR-10; name the folder of its images with --data-dir'),
+    (['study', '--preset', 'seed'], '--preset seed is a study of CIFAR-10; name the folder of its images with '),
     (['study', '--dataset-download'], '--dataset-download needs --dataset'),
     (['study', '--dataset', 'torch/cifar11'], "dataset 'torch/cifar11' cannot be read"),
     (['study', '--cpus-per-run', '2'], '--cpus-per-run and --gpus-per-run are of runs on a Ray cluster'),
@@ -125,7 +125,8 @@ def test_grid(monkeypatch):
 
     monkeypatch.setattr('timm_sot.study.runner.run_study', run_study)
     assert main(['study', '--preset', 'seed', '--models', 'cct_2_sot_qk', '--grid', 'sot_reg=0.1,0.5', 'sot_iters=3,5',
-                 '--model-kwargs', 'pos_embed=sine', '--seed', '7', '8', '--epochs', '2', '--device', 'cpu', '--data-dir', 'x']) == 0
+                 '--model-kwargs', 'pos_embed=sine', '--seed', '7', '8', '--epochs', '2', '--device', 'cpu',
+                 '--data-dir', 'x']) == 0
     assert asked['study'].rows == [
         ('cct_2_sot_qk', {'sot_reg': reg, 'sot_tol': 0.1, 'pos_embed': 'sine', 'sot_iters': iters})
         for reg in (0.1, 0.5) for iters in (3, 5)]

@@ -108,8 +108,8 @@ def test_what_a_study_writes(tmp_path, digits_dir):
     card = ModelCard.load(out / 'README.md')
     assert card.data.eval_results[0].metric_value == result['final']
     assert result['data'] in card.text and '--models cct_2_sot_q --model-kwargs sot_iters=2 --seed 0' in card.text
-    assert ' --data-dir DIR --out run\ntimm-sot export run/checkpoints/cct_2_sot_q-sot_iters-2-seed-0-epochs-1.safetensors ' \
-        '--out hub/cct_2_sot_q.digits --data-dir DIR\n' in card.text
+    assert ' --data-dir DIR --out run\ntimm-sot export run/checkpoints/cct_2_sot_q-sot_iters-2-seed-0-epochs-1' \
+        '.safetensors --out hub/cct_2_sot_q.digits --data-dir DIR\n' in card.text
 
 
 def test_arguments_may_change_after_training(tmp_path):

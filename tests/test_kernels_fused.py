@@ -256,7 +256,8 @@ def test_mixed_devices(path):
                 SOT(*mixed[1:4], *args)
 
 
-@pytest.mark.parametrize('layout', [    torch.Tensor.contiguous, lambda x: x.mT.contiguous().mT, lambda x: x[:1].expand_as(x)])
+@pytest.mark.parametrize(
+    'layout', [torch.Tensor.contiguous, lambda x: x.mT.contiguous().mT, lambda x: x[:1].expand_as(x)])
 @pytest.mark.parametrize('path', PATHS)
 def test_opcheck_with_strides(path, layout):
     q, k, v, grad = (layout(x) for x in make_inputs(2, 2, 16, 16, device=device_of(path)))

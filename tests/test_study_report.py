@@ -108,7 +108,8 @@ def test_missing_seeds(tmp_path):
 
 
 def test_tables_have_equal_columns(tmp_path):
-    rows = BASELINE + BETTER + SWEEP + make_row('pipe', {'a': 'x|y'}, [70.] * 5, entropy={'blocks.0': [0.5, 0.7]}, common={'blocks.0': [0.5, 0.7]})
+    rows = BASELINE + BETTER + SWEEP + make_row(
+        'pipe', {'a': 'x|y'}, [70.] * 5, entropy={'blocks.0': [0.5, 0.7]}, common={'blocks.0': [0.5, 0.7]})
     write(tmp_path, rows)
     found = [lines for lists in tables(written(tmp_path)).values() for lines in lists]
     assert len(found) == 2 + 2 + 2 + 1  # the original's, a sweep, the others, entropy

@@ -68,7 +68,8 @@ def test_sweeps(tmp_path):
 def test_the_same_images_by_another_name(tmp_path):
     """Runs on one machine and on another, where the folder is called otherwise, are of one section."""
     one = write(tmp_path / 'one', BASELINE[:2])
-    two = write(tmp_path / 'two', [{**line, 'data': line['data'].replace('cifar10', 'elsewhere')} for line in BASELINE[2:]])
+    elsewhere = BASELINE[0]['data'].replace('cifar10', 'elsewhere')
+    two = write(tmp_path / 'two', [{**line, 'data': elsewhere} for line in BASELINE[2:]])
     results, _, _ = read_sources([one, two])
     section, = split(results)
     assert len(section.rows['cct_2']) == 5 and section.data == BASELINE[0]['data']

@@ -81,8 +81,8 @@ def _add_study(commands) -> None:
     group.add_argument('--data-dir', default='', metavar='DIR',
                        help='folder, or tar archive, with train/<class>/ and val/<class>/ or test/<class>/')
     group.add_argument('--dataset', default='', metavar='NAME',
-                       help="dataset in --data-dir as timm's train.py names it, e.g. torch/cifar10 (default: a folder of "
-                            'images)')
+                       help="dataset in --data-dir as timm's train.py names it, e.g. torch/cifar10 (default: a folder "
+                            'of images)')
     group.add_argument('--dataset-download', action='store_true', help='download the dataset where it is not there')
     group.add_argument('--fraction', type=_share, default=1., help='share of the training images to use')
     group.add_argument('--holdout', type=_part,
@@ -145,8 +145,8 @@ def _report(study: argparse.ArgumentParser, args: argparse.Namespace) -> int:
         f'--{name.replace("_", "-")}' for name, value in vars(args).items()
         if name not in own and value != study.get_default(name)]
     if others:
-        raise UserError(f'{", ".join(others)} before report is an option of a study, and report runs none; leave it out, '
-                        f"or put it after report if it is one of report's.")
+        raise UserError(f'{", ".join(others)} before report is an option of a study, and report runs none; leave it '
+                        f"out, or put it after report if it is one of report's.")
     try:
         from .study.report import write_report
     except ImportError as e:  # scipy or matplotlib
@@ -165,8 +165,9 @@ def _study(args: argparse.Namespace) -> int:
 
     rows, seeds, settings, holdout = PRESETS[args.preset]
     if args.preset != 'quick' and not (args.data_dir or args.dataset):
-        raise UserError(f'--preset {args.preset} is a study of CIFAR-10; name the folder of its images with --data-dir, or '
-                        f'have it downloaded with --dataset torch/cifar10 --dataset-download --data-dir DIR.')
+        raise UserError(
+            f'--preset {args.preset} is a study of CIFAR-10; name the folder of its images with --data-dir, or have it '
+            f'downloaded with --dataset torch/cifar10 --dataset-download --data-dir DIR.')
     if args.dataset_download and not args.dataset:
         raise UserError('--dataset-download needs --dataset, the name of what to download.')
     if args.ray is None and (args.cpus_per_run or args.gpus_per_run):

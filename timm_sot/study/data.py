@@ -16,7 +16,8 @@ from torch.utils.data import DataLoader
 
 from ..errors import UserError, missing_extra
 
-__all__ = ['HELD_OUT', 'VALIDATION', 'Images', 'StudyData', 'fingerprint', 'load_data', 'normalizer', 'same_images', 'subset']
+__all__ = [
+    'HELD_OUT', 'VALIDATION', 'Images', 'StudyData', 'fingerprint', 'load_data', 'normalizer', 'same_images', 'subset']
 
 # in the name of data that are not measured on test images but on some of train/, or on those of val/
 HELD_OUT, VALIDATION = ' (validation)', ' (val/)'
@@ -134,13 +135,14 @@ def load_dataset(
     """A dataset that timm can create, with a split for training and one, or a test set, for validation."""
     try:
         train, test = (
-            create_dataset(name, root=root or None, split=split, download=download) for split in ('train', 'validation'))
+            create_dataset(name, root=root or None, split=split, download=download)
+            for split in ('train', 'validation'))
         images = decode(train, img_size, workers), decode(test, img_size, workers)
     except Exception as e:
         raise UserError(
             f'dataset {name!r} cannot be read from {root or "the default folder"}: '
-            f'{(str(e).strip().splitlines() or [type(e).__name__])[0]} (--dataset takes what timm does, e.g. torch/cifar10, '
-            f'--data-dir the folder, and --dataset-download downloads it)') from e
+            f'{(str(e).strip().splitlines() or [type(e).__name__])[0]} (--dataset takes what timm does, e.g. '
+            f'torch/cifar10, --data-dir the folder, and --dataset-download downloads it)') from e
     return StudyData(name.split('/')[-1], *images, int(images[0].labels.max()) + 1)
 
 

@@ -1,7 +1,8 @@
 """ What the original experiment published
 
 Top-1 in percent on the 10,000 test images of CIFAR-10 in the recipe `presets.ORIGINAL`, the best epoch on these very
-images, one run each: n = 1, so the numbers carry no spread of their own. They are those of the document that this project was made to reproduce.
+images, one run each: n = 1, so the numbers carry no spread of their own. They are those of the document that this
+project was made to reproduce.
 """
 import re
 from typing import Any, Dict, Optional, Tuple

@@ -197,8 +197,8 @@ def format_header(section: Section, baseline: str) -> str:
         f'Training: {count(section.epochs, "epoch")}, {recipe}',
         f'Device: {section.device}',
         f'Runs: {len(results)}, of {count(len(section.rows), "row")}, seeds {seeds}; on average '
-        f'{fmean(result["seconds"] for result in results):.0f} s of training and testing, of which runs that trained at '
-        f'once have equal shares',
+        f'{fmean(result["seconds"] for result in results):.0f} s of training and testing, of which runs that trained '
+        f'at once have equal shares',
         'Versions: ' + ', '.join(f'{package} {" and ".join(unique(found))}' for package, found in versions.items())
         + f'; commit {commits}',
     ]
@@ -240,8 +240,8 @@ def format_tables(
         table.append(cells(comparison, False) + [format_published(comparison.row, baseline)] * with_published)
     text += ['Best epoch, chosen on the images that it is measured on.\n', format_table(table)]
     if with_published:
-        text.append('The last column is what the original experiment published, the best epoch of one run of each row, so '
-                    'without a spread; in brackets the difference to its own run of the baseline.\n')
+        text.append('The last column is what the original experiment published, the best epoch of one run of each row, '
+                    'so without a spread; in brackets the difference to its own run of the baseline.\n')
     return '\n'.join(text)
 
 

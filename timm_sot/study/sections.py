@@ -69,7 +69,8 @@ def read_sources(sources: Sequence[str]) -> Tuple[List[Result], List[str], str]:
         try:
             with open(settings_path) as f:
                 settings = json.load(f)
-            recipe = json.dumps({key: value for key, value in settings.items() if key not in NOT_RECIPE}, sort_keys=True)
+            recipe = {key: value for key, value in settings.items() if key not in NOT_RECIPE}
+            recipe = json.dumps(recipe, sort_keys=True)
             firsts.append(Run(*settings['first'], 0, 0).row)
         except FileNotFoundError:
             recipe = ''
