@@ -69,10 +69,11 @@ def test_create_model_without_other_import(python):
 
 
 def test_from_timm_models_import(python):
-    python('''
+    stderr = python('''
         from timm.models import create_model
         create_model('cct_2_sot_qk', num_classes=10)
     ''', REGISTERED)
+    assert 'timm-sot' not in stderr
 
 
 def test_torch_alone_imports_no_timm(python):
@@ -136,11 +137,12 @@ def test_timm_sot_before_timm(python, autoload):
 ])
 def test_any_room_may_come_first(python, statement, autoload):
     # each of these imports timm half way through itself
-    python(f'''
+    stderr = python(f'''
         {statement}
         import timm
         timm.create_model('cct_2_sot_qk')
     ''', REGISTERED, autoload=autoload)
+    assert 'timm-sot' not in stderr
 
 
 def test_public_names(python):
@@ -315,12 +317,13 @@ autoload._register = lambda: registered.append(sorted(name for name in sys.modul
 
 
 def test_finder_beside_old_finder(python, fake_timm):
-    python(listen(fake_timm), '''
+    stderr = python(listen(fake_timm), '''
         class Old:  # the protocol before PEP 451
             def find_module(self, name, path=None):
                 return None
         sys.meta_path.insert(0, Old())
     ''', ONCE_AT_THE_END)
+    assert 'timm-sot' not in stderr
 
 
 def test_finder_with_loader_shared_by_modules(python, fake_timm):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import timm
+import torch
 from PIL import Image
 from safetensors.torch import save_file
 from timm_scripts import TRAIN_OPTIONS, VALIDATE_OPTIONS
@@ -27,7 +28,13 @@ SCRIPTS = {'train.py': TRAIN_OPTIONS, 'validate.py': VALIDATE_OPTIONS}
 
 @pytest.mark.parametrize('code', PYTHON)
 def test_code_runs(code):
-    exec(compile(code, 'README.md', 'exec'), {})
+    names = {}
+    exec(compile(code, 'README.md', 'exec'), names)
+    values = [value for value in names.values() if isinstance(value, (torch.Tensor, torch.nn.Module))]
+    assert values, 'it leaves nothing'
+    for value in values:
+        tensors = [value] if isinstance(value, torch.Tensor) else value.state_dict().values()
+        assert all(tensor.isfinite().all() for tensor in tensors)
 
 
 def commands_of_scripts():

@@ -4,7 +4,6 @@ import os
 import platform
 import signal
 import socket
-import subprocess
 import sys
 import time
 from contextlib import nullcontext
@@ -15,6 +14,7 @@ import ray
 import torch
 from ray import exceptions
 from safetensors.torch import load_file
+from study_process import kill_after_an_epoch
 
 import timm_sot
 from timm_sot.errors import UserError
@@ -145,19 +145,10 @@ def test_too_much_asked(two_workers, folder):
 
 def test_killed(two_workers, folder, tmp_path, monkeypatch):
     """SIGKILL of the command, which works on the cluster of another process; a study then goes on from its epochs."""
-    command = [
-        sys.executable, '-m', 'timm_sot.cli', 'study', '--models', 'cct_2', '--epochs', '20', '--batch-size', '10',
-        '--data-dir', folder, '--device', 'cpu', '--workers', '0', '--out', str(tmp_path), '--ray', two_workers]
-    root = os.path.dirname(os.path.dirname(timm_sot.__file__))
-    process = subprocess.Popen(command, env={**os.environ, 'PYTHONPATH': root}, stderr=subprocess.DEVNULL)
     checkpoint = tmp_path / 'checkpoints' / 'cct_2-seed-0-epochs-20.pt'
-    for _ in range(3000):
-        if checkpoint.exists() or process.poll() is not None:
-            break
-        time.sleep(0.02)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    assert checkpoint.exists() and not (tmp_path / 'results.jsonl').exists()
+    kill_after_an_epoch([
+        '--models', 'cct_2', '--epochs', '20', '--batch-size', '10', '--data-dir', folder, '--device', 'cpu',
+        '--workers', '0', '--out', str(tmp_path), '--ray', two_workers], checkpoint)
     epochs = torch.load(checkpoint)['epoch']
     on_begin, begun = ClusterSession._on_begin, []
     monkeypatch.setattr(ClusterSession, '_on_begin', lambda self, task, epoch, *values: (

@@ -1,18 +1,13 @@
 """ The runs of a study """
 import builtins
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 
 import pytest
 import timm
 import torch
+from study_process import kill_after_an_epoch
 
-import timm_sot
 from timm_sot.study import runner
 from timm_sot.study.engine import Recipe
 from timm_sot.errors import UserError
@@ -190,20 +185,10 @@ def test_other_recipe_in_the_same_folder(folder, tmp_path):
 
 def test_killed(folder, tmp_path):
     """SIGKILL while training; the same command then ends with the numbers of an undisturbed study."""
-    command = [
-        sys.executable, '-m', 'timm_sot.cli', 'study', '--models', 'cct_2', '--epochs', '4', '--batch-size', '10',
-        '--data-dir', folder, '--device', 'cpu', '--workers', '1', '--out', str(tmp_path)]
-    root = os.path.dirname(os.path.dirname(timm_sot.__file__))
-    environment = {**os.environ, 'PYTHONPATH': root}
-    process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
     checkpoint = tmp_path / 'checkpoints' / 'cct_2-seed-0-epochs-4.pt'
-    for _ in range(3000):
-        if checkpoint.exists() or process.poll() is not None:
-            break
-        time.sleep(0.02)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    assert checkpoint.exists() and not (tmp_path / 'results.jsonl').exists()
+    kill_after_an_epoch([
+        '--models', 'cct_2', '--epochs', '4', '--batch-size', '10', '--data-dir', folder, '--device', 'cpu',
+        '--workers', '1', '--out', str(tmp_path)], checkpoint)
     recipe = Recipe(epochs=4, batch_size=10, augment=('crop', 'flip'))
     resumed = run(folder, tmp_path, rows=ROWS[:1], seeds=(0,), recipe=recipe)
     assert numbers(resumed) == numbers(run(folder, rows=ROWS[:1], seeds=(0,), recipe=recipe))

@@ -224,7 +224,7 @@ def apply_candidate(model: nn.Module, name: str) -> nn.Module:
     """Give the attention layers of a timm model the weights of a candidate, in place; returns the model.
 
     Raises:
-        ValueError: If there is no such candidate, or the model has no layer for it.
+        ValueError: If there is no such candidate, or the model lacks the layers or the grid of tokens that it needs.
     """
     if name not in CANDIDATES:
         raise ValueError(f'candidate={name!r} is unknown; choose one of {tuple(CANDIDATES)}.')

@@ -1,0 +1,22 @@
+"""A study in a process of its own"""
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import timm_sot
+
+
+def kill_after_an_epoch(arguments, checkpoint):
+    """Run `timm-sot study` and end it by SIGKILL once it has kept an epoch, before it has finished a run."""
+    command = [sys.executable, '-m', 'timm_sot.cli', 'study', *arguments]
+    root = os.path.dirname(os.path.dirname(timm_sot.__file__))
+    process = subprocess.Popen(command, env={**os.environ, 'PYTHONPATH': root}, stderr=subprocess.DEVNULL)
+    for _ in range(3000):
+        if checkpoint.exists() or process.poll() is not None:
+            break
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert checkpoint.exists() and not (checkpoint.parents[1] / 'results.jsonl').exists()
