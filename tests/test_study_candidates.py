@@ -135,6 +135,28 @@ def test_masked_diagonal_and_identity():
     torch.testing.assert_close(diagonal, torch.full_like(diagonal, torch.tensor(-1.).sigmoid().item()))
 
 
+def test_local_adds_the_neighbours_of_each_token():
+    attention, q, k = layer('plan_local')
+    attention.eval()
+    v = torch.randn(3, 2, 16, 64)
+    plain = layer('plan')[0].eval().attend(q, k, v)
+    grid = torch.nn.functional.pad(v.reshape(3, 2, 4, 4, 64), (0, 0, 1, 1, 1, 1))  # around 4 x 4 tokens a row of zeros
+    for head, channel in ((0, 0), (0, 63), (1, 0), (1, 3)):
+        dy, dx = divmod((64 * head + channel) % 9, 3)
+        neighbours = grid[:, head, dy:dy + 4, dx:dx + 4, channel].reshape(3, 16)
+        got = attention.attend(q, k, v)[:, head, :, channel]
+        torch.testing.assert_close(got, plain[:, head, :, channel] + neighbours)
+    set_parameter(attention.local, 0.)
+    torch.testing.assert_close(attention.attend(q, k, v), plain)
+
+
+@pytest.mark.parametrize('name', ['plan_local', 'plan_grid'])
+def test_no_grid(name):
+    model = timm.create_model('vit_tiny_patch16_224', img_size=32)
+    with pytest.raises(ValueError, match='the model has no grid_size'):
+        apply_candidate(model, name)
+
+
 def test_scores():
     attention, q, k = layer('dot')
     torch.testing.assert_close(attention.attention_weights(q, k), (q @ k.transpose(-2, -1) / 8).softmax(-1))

@@ -234,24 +234,7 @@ class SOTAttention(Attention):
         q, k, v = qkv.unbind(0)  # (B, H, N, D)
         q, k = self.q_norm(q), self.k_norm(k)
 
-        if not self.fused_attn:
-            attn = self.attention_weights(q, k, attn_mask, is_causal)  # (B, H, N, N)
-            attn = self.attn_drop(attn)
-            x = attn @ v
-        elif self.operands == '':
-            x = F.scaled_dot_product_attention(
-                q, k, v,
-                attn_mask=attn_mask,
-                dropout_p=self.attn_drop.p if self.training else 0.,
-                is_causal=is_causal,
-            )
-        else:
-            check_no_mask(attn_mask, is_causal)
-            x = sot_attention(
-                q, k, v, self.operands, self.softmax, self.distance, self.reg, self.iters, self.tol,
-                dropout_p=self.attn_drop.p if self.training else 0.,
-            )
-
+        x = self.attend(q, k, v, attn_mask, is_causal)  # (B, H, N, D)
         x = x.transpose(1, 2).reshape(B, N, self.attn_dim)
         x = self.norm(x)
         if gate is not None:
@@ -259,6 +242,32 @@ class SOTAttention(Attention):
         x = self.proj(x)
         x = self.proj_drop(x)
         return x
+
+    def attend(
+            self,
+            q: torch.Tensor,
+            k: torch.Tensor,
+            v: torch.Tensor,
+            attn_mask: Optional[torch.Tensor] = None,
+            is_causal: bool = False,
+    ) -> torch.Tensor:
+        """What each query gets from the values, after dropout of the weights, (B, H, N, D) each."""
+        if not self.fused_attn:
+            attn = self.attention_weights(q, k, attn_mask, is_causal)  # (B, H, N, N)
+            attn = self.attn_drop(attn)
+            return attn @ v
+        if self.operands == '':
+            return F.scaled_dot_product_attention(
+                q, k, v,
+                attn_mask=attn_mask,
+                dropout_p=self.attn_drop.p if self.training else 0.,
+                is_causal=is_causal,
+            )
+        check_no_mask(attn_mask, is_causal)
+        return sot_attention(
+            q, k, v, self.operands, self.softmax, self.distance, self.reg, self.iters, self.tol,
+            dropout_p=self.attn_drop.p if self.training else 0.,
+        )
 
     def attention_weights(
             self,

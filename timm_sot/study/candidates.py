@@ -36,6 +36,7 @@ class Candidate(NamedTuple):
     mass: Optional[float] = None
     gate: bool = False
     reach: Optional[float] = None
+    local: bool = False
 
 
 def _with_control(name: str, about: str, control: str, **parts: Any) -> Dict[str, Candidate]:
@@ -74,6 +75,9 @@ CANDIDATES: Dict[str, Candidate] = {
                     reach=1.),
     **_with_control('plan_near_contrast', 'as plan_near, differences from the mean of the tokens scaled',
                     'cosine_near_contrast', contrast=True, reach=1.),
+    **_with_control('plan_local', 'values convolved on the grid are added, from cosines', 'cosine_local', local=True),
+    **_with_control('plan_mass_local', 'as plan_local, each head has a mass of its own', 'cosine_mass_local', factor=20.,
+                    mass=16., local=True),
     'bias': Candidate("row 4's SOT matrix as a bias on the scores of softmax", 'softmax', scores='dot', factor=1.,
                       weights='bias'),
 }
@@ -102,6 +106,9 @@ class CandidateAttention(SOTAttention):
     gate            exp(g_h.q_i) mu_h weights, g_h being learned
     reach           s_ij + tau_h r_h(i - j), r_h being a table over the displacements on the grid of the tokens that
                     starts from that of a Gaussian kernel, -|i - j|^2 / (2 reach^2 tau_h); infinity for none
+    local           added to what the weights give: the values convolved on the grid, 3 x 3 and each channel by itself,
+                    after CSWin's locally-enhanced positional encoding (https://arxiv.org/abs/2107.00652); channel c
+                    starts as the value of neighbour c mod 9
     """
 
     def set_candidate(self, candidate: Candidate, grid_size: Optional[Tuple[int, int]]) -> None:
@@ -129,9 +136,14 @@ class CandidateAttention(SOTAttention):
             self.log_mass = per_head(math.log(candidate.mass))
         if candidate.gate:
             self.token_mass = nn.Parameter(weight.new_zeros(self.num_heads, self.head_dim, 1))
+        if (candidate.local or candidate.reach) and grid_size is None:
+            raise ValueError('the model has no grid_size, the height and width of its grid of tokens.')
+        if candidate.local:
+            self.grid_size = grid_size
+            channel = torch.arange(self.attn_dim, device=weight.device)
+            neighbour = F.one_hot(channel % 9, 9).to(weight.dtype)
+            self.local = nn.Parameter(neighbour.view(self.attn_dim, 1, 3, 3))
         if candidate.reach:
-            if grid_size is None:
-                raise ValueError('the model has no grid_size, the height and width of its grid of tokens.')
             self.displacement = RelPosBias(grid_size, self.num_heads, device=weight.device)
             height, width = grid_size
             dy = torch.arange(1 - height, height, device=weight.device).unsqueeze(1)
@@ -139,6 +151,22 @@ class CandidateAttention(SOTAttention):
             start = -(dy ** 2 + dx ** 2) / (2 * candidate.reach ** 2 * candidate.factor)
             with torch.no_grad():
                 self.displacement.relative_position_bias_table.copy_(start.reshape(-1, 1))
+
+    def attend(
+            self,
+            q: torch.Tensor,
+            k: torch.Tensor,
+            v: torch.Tensor,
+            attn_mask: Optional[torch.Tensor] = None,
+            is_causal: bool = False,
+    ) -> torch.Tensor:
+        out = super().attend(q, k, v, attn_mask, is_causal)
+        if self.candidate.local:
+            B, H, N, D = v.shape
+            grid = v.transpose(-2, -1).reshape(B, H * D, *self.grid_size)
+            near = F.conv2d(grid, self.local.to(v.dtype), padding=1, groups=H * D)
+            out = out + near.reshape(B, H, D, N).transpose(-2, -1)
+        return out
 
     def attention_weights(
             self,
