@@ -5,8 +5,8 @@ the user's cache folder; where neither is writable, every process compiles anew.
 version as long as this file is unchanged: what is compiled into the loops has to stand in here too.
 
 Matrices of a problem are scratch arrays padded with zeros to a multiple of 16 in both directions, which is what the
-tiles below read and write. Of attention, `N` counts points, `R` and `W` are N and the width padded; a log-kernel is
-N x M, padded to R x W.
+tiles below read and write, unless an operand or a result needs no padding: then it stays where it is. Of attention,
+`N` counts points, `R` and `W` are N and the width padded; a log-kernel is N x M, padded to R x W.
 """
 import math
 
@@ -17,10 +17,12 @@ from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
+from numpy.lib.stride_tricks import as_strided
 
 __all__ = ['attention_forward', 'attention_backward', 'sinkhorn_forward', 'sinkhorn_backward']
 
 LANES = 16
+FLOAT_SIZE = 4  # bytes
 # A tile of this size is accumulated in registers, which are 32 with AVX-512 and half as many and as wide with AVX2.
 TILE_ROWS = 4
 if llvmlite.binding.get_host_cpu_features().get('avx512f'):
@@ -244,6 +246,40 @@ def _padded(n):
     return (n + LANES - 1) // LANES * LANES
 
 
+@_jit()
+def _start(strides, batch, head):
+    """Where the rows of a problem begin."""
+    return batch * strides[0] + head * strides[1]
+
+
+@intrinsic
+def _prefetch(context, flat, index):
+    """Have the line of flat[index] fetched into the cache, without waiting for it."""
+    def codegen(context, builder, signature, args):
+        array = context.make_array(signature.args[0])(context, builder, args[0])
+        pointer, number = ir.IntType(8).as_pointer(), ir.IntType(32)
+        kind = ir.FunctionType(ir.VoidType(), [pointer, number, number, number])
+        prefetch = cgutils.get_or_insert_function(builder.module, kind, 'llvm.prefetch.p0i8')
+        address = builder.bitcast(builder.gep(array.data, [args[1]]), pointer)
+        builder.call(prefetch, [address, number(0), number(2), number(1)])  # to read, into the second level, data
+        return context.get_dummy_value()
+
+    return types.void(flat, types.intp), codegen
+
+
+@_jit()
+def _prefetch_rows(flat, strides, problem, last, heads, rows, columns):
+    """Prefetch the rows of a problem, unless it is the `last` or later.
+
+    The processor does not foresee them: from one row to the next there are the other heads, and often another page.
+    """
+    if problem < last:
+        start = _start(strides, problem // heads, problem % heads)
+        for i in range(rows):
+            for j in range(0, columns, LANES):
+                _prefetch(flat, start + i * strides[2] + j)
+
+
 # Loops where numpy would have assignments, which take numba many seconds more to compile.
 
 @_jit()
@@ -284,6 +320,17 @@ def _all_finite(x):
     return total == ZERO
 
 
+@_reordered
+def _rows_finite(flat, start, stride, rows, columns):
+    """`_all_finite` of contiguous rows that are `stride` apart."""
+    total = ZERO
+    for i in range(rows):
+        row = flat[start + i * stride:start + i * stride + columns]
+        for j in range(columns):
+            total += ZERO * row[j]
+    return total == ZERO
+
+
 @_jit()
 def _multiply(x, y, out):
     for j in range(x.size):
@@ -297,6 +344,14 @@ def _load(flat, start, stride, out, rows, columns):
         source, target = flat[start + i * stride:start + i * stride + columns], out[i]
         for j in range(columns):
             target[j] = source[j]
+
+
+@_jit()
+def _place(flat, start, stride, scratch, rows, columns, whole):
+    """What a product reads or writes: rows that are `stride` apart where they lie, if they are `whole`, or `scratch`."""
+    if whole:
+        return as_strided(flat[start:], (rows, columns), (stride * FLOAT_SIZE, FLOAT_SIZE))
+    return as_strided(scratch, scratch.shape, scratch.strides)
 
 
 @_jit()
@@ -637,13 +692,15 @@ def _unit_rows_backward(grad, unit, inverse_norms, N):
 
 
 @_jit()
-def _load_points(flat, start, stride, x, transposed, N, D, through_transpose):
-    """Points in rows and in columns; `through_transpose`: the points are the columns of what is stored."""
+def _load_points(flat, start, stride, x, transposed, N, D, through_transpose, both):
+    """Points in columns and, if both are asked for, rows; `through_transpose`: those stored are the columns."""
     if through_transpose:
-        _load_transposed(flat, start, stride, x, N, D)
+        if both:
+            _load_transposed(flat, start, stride, x, N, D)
         _load(flat, start, stride, transposed, N, D)
     else:
-        _load(flat, start, stride, x, N, D)
+        if both:
+            _load(flat, start, stride, x, N, D)
         _load_transposed(flat, start, stride, transposed, N, D)
 
 
@@ -661,20 +718,25 @@ def attention_forward(
     x_inverse_norms, y_inverse_norms = _vector(R), _vector(R)
     start_b = ZERO if log else ONE
     mass, log2_mass = ONE / np.float32(N), np.float32(-math.log2(N))
+    whole = N == R and D == W and not cosine  # whole tiles, and nothing to change in them
     for problem in range(first, last):
         batch, head = problem // heads, problem % heads
         costs = saved[problem]  # N rows of costs, their maxima, then the scaling vectors
 
-        start = batch * q_strides[0] + head * q_strides[1]
-        _load(q, start, q_strides[2], x, N, D)
+        start = _start(q_strides, batch, head)
+        if not whole:
+            _load(q, start, q_strides[2], x, N, D)
+        points = _place(q, start, q_strides[2], x, N, D, whole)
+        finite = _rows_finite(q, start, q_strides[2], N, D)
         if own:
             _load_transposed(q, start, q_strides[2], y_transposed, N, D)
         else:
-            start = batch * k_strides[0] + head * k_strides[1]
-            _load_points(k, start, k_strides[2], y, y_transposed, N, D, through_transpose)
-        if not (_all_finite(x) and _all_finite(y)):  # y is 0 for `own`
+            start = _start(k_strides, batch, head)
+            finite &= _rows_finite(k, start, k_strides[2], N, D)
+            _load_points(k, start, k_strides[2], y, y_transposed, N, D, through_transpose, cosine)
+        if not finite:
             _fill_rows(result, NAN)
-            _store(result, out, batch * out_strides[0] + head * out_strides[1], out_strides[2], N, D)
+            _store(result, out, _start(out_strides, batch, head), out_strides[2], N, D)
             continue
         if cosine:
             _to_unit_rows(x, x_inverse_norms, N)
@@ -684,8 +746,10 @@ def attention_forward(
             else:
                 _to_unit_rows(y, y_inverse_norms, N)
                 _transpose(y, y_transposed)
-        _costs(x, y_transposed, x_inverse_norms, y_inverse_norms, sot, costs, N, D, cosine)
+        _prefetch_rows(q, q_strides, problem + 1, last, heads, N, D)
+        _costs(points, y_transposed, x_inverse_norms, y_inverse_norms, sot, costs, N, D, cosine)
 
+        _prefetch_rows(k, k_strides, problem + 1, last, heads, N, D)
         _kernel(costs, kernel, N, reg, log)
         _fill(b[:N], start_b)
         for t in range(iters):
@@ -696,6 +760,7 @@ def attention_forward(
             if keep:
                 _copy(a, costs[N + 1 + 2 * t])
                 _copy(b, costs[N + 2 + 2 * t])
+        _prefetch_rows(v, v_strides, problem + 1, last, heads, N, D)
         inverse_largest = _inverse(_sot(kernel, a, b, sot, sums, N, log))
         _weights(sot, inverse_largest, weights, N, scale, softmax)
         if dropout:
@@ -703,9 +768,11 @@ def attention_forward(
                 _dropout_row(factor, seed[0], problem * N + i, drop_below, keep_factor)
                 _multiply(weights[i], factor, weights[i])
 
-        _load(v, batch * v_strides[0] + head * v_strides[1], v_strides[2], values, N, D)
-        _dot(weights, values, result, R, W, N)
-        _store(result, out, batch * out_strides[0] + head * out_strides[1], out_strides[2], N, D)
+        _load(v, _start(v_strides, batch, head), v_strides[2], values, N, D)
+        start = _start(out_strides, batch, head)
+        _dot(weights, values, _place(out, start, out_strides[2], result, N, D, whole), R, W, N)
+        if not whole:
+            _store(result, out, start, out_strides[2], N, D)
 
 
 @_kept(error_model='numpy')
@@ -724,17 +791,18 @@ def attention_backward(
     x_inverse_norms, y_inverse_norms = _vector(R), _vector(R)
     start_b = ZERO if log else ONE
     mass, log2_mass = ONE / np.float32(N), np.float32(-math.log2(N))
+    whole = N == R and D == W and not cosine  # whole tiles, and nothing to change in them
     for problem in range(first, last):
         batch, head = problem // heads, problem % heads
-        grad_start = batch * grad_strides[0] + head * grad_strides[1]
+        grad_start = _start(grad_strides, batch, head)
         costs = saved[problem]
 
-        _load(q, batch * q_strides[0] + head * q_strides[1], q_strides[2], x, N, D)
+        _load(q, _start(q_strides, batch, head), q_strides[2], x, N, D)
         if own:
             for i in range(N):
                 _copy(x[i], y[i])
         else:
-            start = batch * k_strides[0] + head * k_strides[1]
+            start = _start(k_strides, batch, head)
             if through_transpose:
                 _load_transposed(k, start, k_strides[2], y, N, D)
             else:
@@ -747,6 +815,7 @@ def attention_backward(
             continue
 
         # the matrices of the forward pass
+        _prefetch_rows(q, q_strides, problem + 1, last, heads, N, D)
         _kernel(costs, kernel, N, reg, log)
         _fill(b[:N], start_b)
         _copy(b, columns[0])
@@ -766,25 +835,29 @@ def attention_backward(
         _weights(sot, inverse_largest, weights, N, scale, softmax)
 
         # out = dropout(weights) v
-        _load(grad_out, batch * grad_out_strides[0] + head * grad_out_strides[1], grad_out_strides[2], upstream, N, D)
-        _load_transposed(v, batch * v_strides[0] + head * v_strides[1], v_strides[2], transposed, N, D)
+        _prefetch_rows(k, k_strides, problem + 1, last, heads, N, D)
+        _load(grad_out, _start(grad_out_strides, batch, head), grad_out_strides[2], upstream, N, D)
+        _load_transposed(v, _start(v_strides, batch, head), v_strides[2], transposed, N, D)
         _dot(upstream, transposed, grad, R, R, D)
         known = _all_finite(grad)
+        target = _place(grad_v, grad_start, grad_strides[2], result, N, D, whole)
         if dropout:
             for i in range(N):
                 _dropout_row(factor, seed[0], problem * N + i, drop_below, keep_factor)
                 _multiply(grad[i], factor, grad[i])
                 _multiply(weights[i], factor, scratch[i])
-            _dot(scratch.T, upstream, result, R, W, N)
+            _dot(scratch.T, upstream, target, R, W, N)
         else:
-            _dot(weights.T, upstream, result, R, W, N)
-        _store(result, grad_v, grad_start, grad_strides[2], N, D)
+            _dot(weights.T, upstream, target, R, W, N)
+        if not whole:
+            _store(result, grad_v, grad_start, grad_strides[2], N, D)
         if not known:
             _fill_rows(result, NAN)
             _store(result, grad_k, grad_start, grad_strides[2], N, D)
             _store(result, grad_q, grad_start, grad_strides[2], N, D)
             continue
 
+        _prefetch_rows(v, v_strides, problem + 1, last, heads, N, D)
         _sot_backward(sot, weights, grad, inverse_largest, largest, grad_a, grad_b, N, scale, softmax)
         for t in range(iters - 1, -1, -1):
             if log:
@@ -798,14 +871,17 @@ def attention_backward(
         if not log:
             _dot(row_factors.T, column_factors, scratch, R, R, 2 * iters)
             _subtract_product(grad, kernel, scratch, grad, N)
+        _prefetch_rows(grad_out, grad_out_strides, problem + 1, last, heads, N, D)
         _costs_backward(costs, grad, N, reg, cosine)
 
         if cosine:
             _to_unit_rows(x, x_inverse_norms, N)
             _to_unit_rows(y, y_inverse_norms, N)
             _constant_costs(grad, x_inverse_norms, y_inverse_norms, N)
-        _pull(grad, x, y, result, R, W, N)
-        _pull(grad.T, y, x, other, R, W, N)
+        whole_q = whole and not own
+        whole_k = whole_q and not through_transpose
+        _pull(grad, x, y, _place(grad_q, grad_start, grad_strides[2], result, N, D, whole_q), R, W, N)
+        _pull(grad.T, y, x, _place(grad_k, grad_start, grad_strides[2], other, N, D, whole_k), R, W, N)
         if cosine:
             _unit_rows_backward(result, x, x_inverse_norms, N)
             _unit_rows_backward(other, y, y_inverse_norms, N)
@@ -814,9 +890,10 @@ def attention_backward(
                 _add(result[i], other[i])
         elif through_transpose:
             _store_transposed(other, grad_k, grad_start, grad_strides[2], N, D)
-        else:
+        elif not whole_k:
             _store(other, grad_k, grad_start, grad_strides[2], N, D)
-        _store(result, grad_q, grad_start, grad_strides[2], N, D)
+        if not whole_q:
+            _store(result, grad_q, grad_start, grad_strides[2], N, D)
 
 
 # The iterations on a log-kernel by themselves
