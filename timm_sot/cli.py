@@ -378,7 +378,8 @@ def _bench(args: argparse.Namespace) -> int:
 
     import torch
 
-    from .bench import bar_table, format_tables, load_reports, run_bench, write_report
+    from .bench.report import bar_table, format_tables, load_reports, write_report
+    from .bench.runner import run_bench
     from .study.runner import resolve_device
 
     if args.markdown:

@@ -1,0 +1,117 @@
+""" The whole bench, and its command """
+import json
+import sys
+
+import pytest
+import torch
+
+from timm_sot import cli
+from timm_sot.bench import contenders, memory, runner
+from timm_sot.bench.contenders import FORWARD, TRAIN
+from timm_sot.bench.report import format_tables, load_reports, write_report
+from timm_sot.bench.timing import ROUNDS
+
+CPU = torch.device('cpu')
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """The whole bench on shapes that take no time."""
+    monkeypatch.setattr(runner, 'CORE_SHAPES', {'cpu': ((2, 1, 64), (1, 1, 24))})
+    monkeypatch.setattr(runner, 'SINKHORN_SHAPES', {'cpu': ((2, 8),)})
+    monkeypatch.setattr(runner, 'SECONDS', 0.)
+    monkeypatch.setattr(memory, 'SAVED_SHAPE', (1, 1, 32))
+    monkeypatch.setattr(contenders, 'BATCH', 2)
+
+
+@pytest.fixture
+def report(tiny):
+    return runner.run_bench(CPU)
+
+
+def test_report(report, tmp_path):
+    path = tmp_path / 'report.json'
+    write_report(report, str(path))
+    assert json.loads(path.read_text()) == report == load_reports([str(path)])[0]
+    assert [*tmp_path.iterdir()] == [path]
+
+    about = report['about']
+    assert about['device'] and about['device_type'] == 'cpu' and about['dtype'] == 'float32' and about['quick'] is False
+    assert about['threads'] == torch.get_num_threads() and about['seconds'] > 0 and about['date']
+    assert {'python', 'torch', 'timm', 'timm_sot', 'triton', 'numba', 'pot', 'flash-sinkhorn'} <= set(about['versions'])
+    assert isinstance(about['commit'], str)
+
+    assert not [row for row in report['rows'] if 'error' in row]
+    for row in report['rows']:
+        assert {'section', 'case', 'phase', 'contender', 'baseline'} <= set(row)
+        if row['section'] == 'memory':
+            assert row['bytes'] > 0
+        elif 'skipped' not in row:
+            assert row['call']['q25_ms'] <= row['call']['median_ms'] <= row['call']['q75_ms']
+            assert len(row['call']['samples_ms']) >= ROUNDS[0]
+
+    timed = {(row['section'], row['case'], row['phase'], row['contender']) for row in report['rows'] if 'call' in row}
+    for phase in (FORWARD, TRAIN):
+        for name in ('sdpa', 'softmax', 'sot_qk', 'sot_qkt', 'sot_q_nosoftmax', 'original', 'original tol=0.1'):
+            assert ('core', '2x1x64x64 float32', phase, name) in timed
+        assert ('core', '1x1x24x64 float32', phase, 'sot_qkt') not in timed  # N is not the head width
+        assert ('sinkhorn', '2x8x8 float32', phase, 'timm_sot.sinkhorn') in timed
+    assert ('step', 'batch 2 float32', 'training step', 'cct_2_sot_qkt') in timed
+
+    path, = {row['path'] for row in report['rows'] if row['contender'] == 'sot_qk' and row['section'] == 'core'}
+    printed = format_tables(report)
+    assert f'sot_qk [{path}]' in printed
+    for text in ('core 2x1x64x64 float32', 'original tol=0.1', 'cct_2_sot_q_nosoftmax', 'needs CUDA'):
+        assert text in printed
+
+
+def test_sections(tiny):
+    seen = []
+    report = runner.run_bench(CPU, torch.bfloat16, True, ['memory'], lambda report: seen.append(len(report['rows'])))
+    assert {row['section'] for row in report['rows']} == {'memory'}
+    assert seen == [1, 2]
+    assert 'bfloat16' in report['rows'][0]['case'] and report['about']['quick']
+
+
+# The command
+
+def test_command(tiny, tmp_path, capsys):
+    path = tmp_path / 'bench.json'
+    threads = torch.get_num_threads()
+    try:
+        assert cli.main([
+            'bench', '--device', 'cpu', '--only', 'memory', 'sinkhorn', '--threads', '1', '--json', str(path)]) == 0
+    finally:
+        torch.set_num_threads(threads)
+    printed = capsys.readouterr().out
+    assert 'timm_sot.sinkhorn' in printed and 'not measured' in printed and '1 of' in printed
+    assert json.loads(path.read_text())['about']['threads'] == 1
+
+    assert cli.main(['bench', '--markdown', str(path)]) == 0
+    assert capsys.readouterr().out.startswith('| what | on |')
+
+
+@pytest.mark.parametrize('args, message', [
+    (['--device', 'nonsense'], "device 'nonsense'"),
+    (['--device', 'meta'], 'cpu and cuda'),
+    (['--only', 'everything'], 'everything'),
+    (['--dtype', 'int8'], 'int8'),
+    (['--threads', '0'], '--threads: must be at least 1'),
+    (['--json', 'no/such/folder/x.json'], 'no/such/folder/x.json cannot be written'),
+    (['--markdown', 'no/such.json'], 'no/such.json is not a report'),
+    (['--markdown', __file__], 'is not a report'),
+    pytest.param(['--device', 'cuda'], "device 'cuda' cannot be used", marks=pytest.mark.skipif(
+        torch.cuda.is_available(), reason='there is a GPU')),
+])
+def test_user_errors(tiny, capsys, args, message):
+    assert cli.main(['bench', *args]) == 2
+    printed = capsys.readouterr()
+    assert message in printed.err and printed.err.count('\n') == 1 and not printed.out
+
+
+def test_without_its_extra(tiny, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, 'tqdm', None)
+    assert cli.main(['bench']) == 2
+    message = "this needs the package tqdm; install it with: pip install 'timm-sot[bench]'"
+    printed = capsys.readouterr()
+    assert message in printed.err and printed.err.count('\n') == 1 and not printed.out
