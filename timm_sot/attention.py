@@ -210,7 +210,7 @@ class SOTAttention(Attention):
         self.variant = variant
         self.operands, self.softmax = VARIANTS[variant]
         self.reg = float(reg)
-        self.iters = iters
+        self.iters = int(iters)
         self.tol = None if tol is None else float(tol)
         self.distance = distance
         # absent from the Attention of older timm versions
