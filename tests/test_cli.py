@@ -91,6 +91,7 @@ def test_report_without_an_extra(package, monkeypatch, tmp_path, capsys):
     (['attention', 'compare', '--models', 'local-dir:no/such/folder'], 'no/such/folder is not a folder with a config'),
     (['attention', 'compare', '--models', 'resnet10t', '--untrained'], 'ResNet) has no timm.layers.Attention'),
     (['attention', 'compare', '--models', 'cct_2', 'cct_2'], 'cct_2 is named twice'),
+    (['attention', 'compare', '--model-kwargs', 'attn=sot_x'], "'sot_qkt').\n"),
     (['attention', 'compare', '--model-kwargs', 'sot_rag=1'], "unexpected keyword argument 'sot_rag'\n"),
     (['attention', 'compare', '--checkpoint', 'none'], 'a checkpoint is needed for each model, got 1 for 2'),
     (['attention', 'heads', '--models', 'cct_2', '--checkpoint', 'none.safetensors'], 'there is no checkpoint none'),
