@@ -38,7 +38,7 @@ from torch.jit import Final
 
 try:
     from timm.models._input import update_model_args, update_model_input_size
-except ImportError:  # an older timm, which keeps no record of what a model was changed to
+except ImportError:  # timm before 1.0.31 keeps no record of what a model was changed to
     update_model_args = update_model_input_size = None
 
 from .attention import SOTAttention

@@ -29,7 +29,7 @@ def apply_sot(
     of `timm.layers.Attention` with a forward of their own, are left alone.
 
     Weights do not say what attention they are for. Where timm saves a model's arguments with it (`save_for_hf`,
-    `push_to_hf_hub`; older versions do not), a CCT whose layers all have the same attention is saved with its `attn`,
+    `push_to_hf_hub`; from 1.0.31 on), a CCT whose layers all have the same attention is saved with its `attn`,
     `sot_reg`, `sot_iters` and `sot_tol`. Any other model is loaded with its former attention: call `apply_sot`
     again.
 
