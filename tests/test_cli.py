@@ -91,6 +91,8 @@ def test_report_without_an_extra(package, monkeypatch, tmp_path, capsys):
     (['attention', 'compare', '--models', 'local-dir:no/such/folder'], 'no/such/folder is not a folder with a config'),
     (['attention', 'compare', '--models', 'resnet10t', '--untrained'], 'ResNet) has no timm.layers.Attention'),
     (['attention', 'compare', '--models', 'cct_2', 'cct_2'], 'cct_2 is named twice'),
+    (['study', '--seed', '1', '4294967296'], '--seed: must be at least 0 and below 2^32, got 4294967296'),
+    (['attention', 'compare', '--seed', '-1'], '--seed: must be at least 0 and below 2^32, got -1'),
     (['attention', 'compare', '--model-kwargs', 'attn=sot_x'], "'sot_qkt').\n"),
     (['attention', 'compare', '--model-kwargs', 'sot_rag=1'], "unexpected keyword argument 'sot_rag'\n"),
     (['attention', 'compare', '--checkpoint', 'none'], 'a checkpoint is needed for each model, got 1 for 2'),

@@ -56,6 +56,15 @@ def _share(text: str) -> float:
     return value
 
 
+def _seed(text: str) -> int:
+    """An argparse type: at least 0 and below 2^32, of which a study can make the seeds of its epochs."""
+    value = int(text)
+    if not 0 <= value < 2 ** 32:
+        raise argparse.ArgumentTypeError(f'must be at least 0 and below 2^32, got {text}')
+    return value
+
+
+_seed.__name__ = 'int'
 _part.__name__ = _share.__name__ = 'float'  # argparse names the type in its messages
 
 
@@ -77,7 +86,7 @@ def _add_study(commands) -> None:
                        help='arguments of every model, e.g. sot_reg=0.5')
     group.add_argument('--grid', nargs='*', default={}, action=_ModelKwargs, metavar='KEY=VALUE,VALUE',
                        help='arguments of which every combination is a row, e.g. sot_reg=0.1,0.5')
-    group.add_argument('--seed', nargs='+', type=_number(int, 0), metavar='N',
+    group.add_argument('--seed', nargs='+', type=_seed, metavar='N',
                        help='seeds, with each of which every row is trained')
     group.add_argument('--data-dir', default='', metavar='DIR',
                        help='folder, or tar archive, with train/<class>/ and val/<class>/ or test/<class>/')
@@ -275,7 +284,7 @@ def _add_attention(commands) -> None:
                              default=[0.01, 0.03, 0.1, 0.3, 1.], help='regularizations (default: %(default)s)')
         else:
             sub.add_argument('--dropout', action='store_true', help='apply the dropout of the attention weights')
-        sub.add_argument('--seed', type=_number(int, 0), default=0,
+        sub.add_argument('--seed', type=_seed, default=0,
                          help='of random weights and dropout (default: %(default)s)')
         sub.add_argument('--dpi', type=_number(int, 10), default=150,
                          help='dots per inch of a PNG (default: %(default)s)')
