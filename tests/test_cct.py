@@ -588,7 +588,7 @@ def test_checkpoint_of_unrecorded_size():
 def test_checkpoint_of_another_architecture():
     # whose position embedding, of 16 patches and a class token, is the least of what does not fit
     vit = timm.create_model('vit_tiny_patch16_224', img_size=64, depth=1)
-    with pytest.raises(RuntimeError, match=r'lacks \d+ parameters .*blocks.* and has, unlike the model, \d+ parameters'):
+    with pytest.raises(RuntimeError, match=r'lacks \d+ parameters .*blocks.* and has, unlike the model, \d+'):
         create(pretrained=True, pretrained_cfg_overlay=dict(state_dict=vit.state_dict()))
 
 

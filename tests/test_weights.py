@@ -164,7 +164,7 @@ def test_pickle_that_holds_more_than_weights(folder, source):
     pickled = {**load_file(folder / 'model.safetensors'), 'evil': Evil(folder / 'ran')}
     (folder / 'model.safetensors').unlink()
     torch.save(pickled, folder / 'pytorch_model.bin')
-    with pytest.raises(RuntimeError, match=f'^{source} {folder}.*; it holds more than weights, have them saved as safe'):
+    with pytest.raises(RuntimeError, match=f'^{source} {folder}.*; it holds more than weights, have them saved'):
         if source == 'file':
             overlay = dict(file=str(folder / 'pytorch_model.bin'))
             timm.create_model('cct_2_sot_qk', pretrained=True, pretrained_cfg_overlay=overlay)

@@ -106,8 +106,8 @@ def _add_study(commands) -> None:
     group.add_argument('--weight-decay', type=_number(float, 0), help='that of AdamW, for all parameters')
     group.add_argument('--smoothing', type=_part, help='label smoothing')
     group.add_argument('--schedule', choices=['cosine', 'original'],
-                       help='of the learning rate: cosine, by step after a warm-up of a quarter of an epoch, or that of '
-                            'the original runs, by epoch after a warm-up of five')
+                       help='of the learning rate: cosine, by step after a warm-up of a quarter of an epoch, or that '
+                            'of the original runs, by epoch after a warm-up of five')
     group.add_argument('--augment', nargs='*', choices=['autoaugment', 'autoaugment-gray', 'crop', 'flip'],
                        help='in this order; default without a preset: crop, and flip for folders')
     group.add_argument('--precision', choices=['float32', 'conv-tf32', 'bfloat16'],
