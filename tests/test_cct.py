@@ -305,6 +305,7 @@ def test_unknown_argument(name):
       for name in ('in_chans', 'embed_dim', 'depth', 'num_heads', 'kernel_size', 'n_conv_layers')
       for value in (0, -1, 2.5)),
     (dict(img_size=(32, 0)), r'width=0 must be an integer of at least 1'),
+    (dict(img_size=(32, 32, 3)), r'img_size=\(32, 32, 3\) must be one number or \(height, width\)'),
     (dict(num_heads=3), r'embed_dim=128 must be a multiple of num_heads=3'),
 ])
 def test_argument_errors(kwargs, match):
@@ -497,6 +498,19 @@ def test_set_input_size_sine():
     assert model(images(24, 40)).shape == (2, 10)
 
 
+@pytest.mark.parametrize('size, match', [
+    (0, r'height=0 must be an integer of at least 1'),
+    ((48, 33.5), r'width=33\.5 must be an integer of at least 1'),
+    (None, r'height=None must be an integer of at least 1'),
+    ((3, 48, 48), r'img_size=\(3, 48, 48\) must be one number or \(height, width\)'),
+])
+def test_set_input_size_to_what_is_no_size(size, match):
+    model = create()
+    with pytest.raises(ValueError, match=match):
+        model.set_input_size(size)
+    assert (model.img_size, model.grid_size) == ((32, 32), (8, 8)) and model(images()).shape == (2, 10)
+
+
 def test_set_input_size_is_recorded():
     if timm_sot.cct.update_model_input_size is None:
         pytest.skip(f'timm {timm.__version__} keeps no record of the size of a model')
@@ -569,6 +583,13 @@ def test_checkpoint_of_unrecorded_size():
     assert load((16, 32), (48, 96))  # the model's aspect ratio
     with pytest.raises(ValueError, match='60 tokens.*8 x 8 grid.*set_input_size'):
         load((24, 40), 32)
+
+
+def test_checkpoint_of_another_architecture():
+    # whose position embedding, of 16 patches and a class token, is the least of what does not fit
+    vit = timm.create_model('vit_tiny_patch16_224', img_size=64, depth=1)
+    with pytest.raises(RuntimeError, match=r'lacks \d+ parameters .*blocks.* and has, unlike the model, \d+'):
+        create(pretrained=True, pretrained_cfg_overlay=dict(state_dict=vit.state_dict()))
 
 
 @pytest.mark.parametrize('size', [(24, 40), (16, 64)])

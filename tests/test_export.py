@@ -184,7 +184,9 @@ def failing(tmp_path):
         ((shape, '--out', out), 'which does not fit'),
         ((candidate, '--out', out), 'is of the candidate plan, which cannot be exported'),
         ((diverged, '--out', out), 'not finite, in head.bias'),
-        ((tmp_path / 'evil.pth.tar', '--out', out), 'no checkpoint of weights and plain values'),
+        # torch's own message goes on to say how the code in it could be run
+        ((tmp_path / 'evil.pth.tar', '--out', out),
+         'no checkpoint of weights and plain values: Weights only load failed\n'),
         ((tmp_path / 'bare.pth', '--out', out), 'records no training arguments'),
         ((tmp_path / 'progress.pt', '--out', out), 'in progress'),
         ((good, '--out', out, '--data-dir', tmp_path / 'nowhere'), 'nowhere'),

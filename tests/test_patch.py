@@ -280,7 +280,8 @@ def saved_and_loaded(model, folder):
 @needs_record
 @pytest.mark.parametrize('built, calls, expected', [
     ({}, [dict(variant='sot_qk', reg=0.7)], ('sot_qk', 0.7, 10, None)),
-    ({}, [dict(variant='sot_q_nosoftmax', reg=np.float32(0.25), iters=3, tol=0.5)], ('sot_q_nosoftmax', 0.25, 3, 0.5)),
+    ({}, [dict(variant='sot_q_nosoftmax', reg=np.float32(0.25), iters=np.int64(3), tol=0.5)],
+     ('sot_q_nosoftmax', 0.25, 3, 0.5)),
     (dict(attn='sot_qk', sot_reg=0.3, sot_tol=0.1), [dict(variant='sot_q')], ('sot_q', 0.1, 10, None)),
     (dict(attn='sot_qk'), [dict(variant='softmax')], ('softmax', 0.1, 10, None)),
     ({}, [dict(blocks=[0], reg=0.7), dict(blocks=[1], reg=0.7)], ('sot_qk', 0.7, 10, None)),
@@ -357,7 +358,7 @@ def test_model_without_attention():
     before = snapshot(model)
     message = (
         r'model \(ResNet\) has no timm.layers.Attention or timm_sot.SOTAttention module; '
-        r'found no attention module of any class\. Models that have one .* vit_\*, deit_\* and cct_\*')
+        r'found none with attention in the name of its class\. It takes a model like vit_base_patch16_224, ')
     for variant in ('sot_qk', 'softmax'):
         with pytest.raises(ValueError, match=message):
             apply_sot(model, variant)
@@ -371,6 +372,30 @@ def test_model_with_another_attention():
     with pytest.raises(ValueError, match=r'no timm.layers.Attention .*; found [^;]*swin_transformer.WindowAttention'):
         apply_sot(model)
     assert snapshot(model) == before
+
+
+def test_names_attention_by_its_short_name():
+    class TalkingHeadAttn(nn.Module):
+        pass
+
+    with pytest.raises(ValueError, match='found .*TalkingHeadAttn'):
+        apply_sot(nn.Sequential(TalkingHeadAttn()))
+
+
+@pytest.mark.parametrize('model', ['vit_tiny_patch16_224', None])
+def test_what_is_no_model(model):
+    message = f'model={model!r} must be a torch.nn.Module, such as timm.create_model returns'
+    with pytest.raises(ValueError, match=re.escape(message)):
+        apply_sot(model)
+
+
+def test_models_that_the_error_names_work():
+    with pytest.raises(ValueError) as error:
+        apply_sot(nn.Identity())
+    names = re.findall(r'\w+_\w+', str(error.value).partition('a model like ')[2])
+    assert len(names) > 2
+    for name in names:
+        apply_sot(timm.create_model(name, device='meta'))
 
 
 def test_subclass_with_a_forward_of_its_own_is_left_alone():

@@ -457,6 +457,14 @@ def test_numbers_of_other_libraries(number):
     assert error(out, self_optimal_transport(x, reg=0.25, tol=0.5, row_mass=2.)) < 1e-6
 
 
+def test_iterations_counted_by_numpy():
+    x = make_points(4, 3)
+    for iters in np.arange(1, 3):
+        for tol in (None, 1e-9):
+            assert torch.equal(
+                self_optimal_transport(x, iters=iters, tol=tol), self_optimal_transport(x, iters=int(iters), tol=tol))
+
+
 @pytest.mark.parametrize('x, y, message', [
     ((2, 4, 3), (2, 5, 3), r'x \(2, 4, 3\) and y \(2, 5, 3\); a set is matched with one of equal size'),  # N mismatch
     ((2, 4, 3), (2, 4, 2), r'x \(2, 4, 3\) and y \(2, 4, 2\)'),

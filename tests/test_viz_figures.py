@@ -201,6 +201,15 @@ def test_patches_leave_out_the_class_token_and_take_other_grids(models, vit, ima
     assert 'mean over heads' in texts(figure)
 
 
+def test_patches_without_softmax(image):
+    # S d^-1/2 has no rows of sum 1: what is uniform is only seen once they are divided by it
+    model = make('cct_2_sot_q_nosoftmax')
+    axes, _ = panels(figures.patches({'m': model}, image, queries=[(3, 4)], head=1))
+    weights = maps_of(model, image)['blocks.1']['weights'][0, 1, 8 * 3 + 4]
+    assert abs(weights.sum() - 1) > 0.1
+    np.testing.assert_allclose(heatmap(axes[1])[::4, ::4], (64 * weights / weights.sum()).reshape(8, 8), rtol=1e-5)
+
+
 @pytest.mark.parametrize('matrix, limits', [('sot', (0, 1)), ('scores', None)])
 def test_patches_of_other_matrices(models, image, matrix, limits):
     model = {'cct_2_sot_qk': models['cct_2_sot_qk']}

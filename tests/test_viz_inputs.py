@@ -5,7 +5,6 @@ import timm
 import torch
 from PIL import Image
 
-from timm_sot.errors import UserError
 from timm_sot.viz.inputs import digits, find_images, model_input, shown_pixels, token_grid
 
 
@@ -68,7 +67,3 @@ def test_find_images(tmp_path):
         (tmp_path / name).touch()
     assert [name for name, _ in find_images(str(tmp_path))] == ['1.jpeg', 'a/10.JPG', 'b/2.png']
     assert find_images(str(tmp_path / 'b/2.png')) == [('b/2.png', str(tmp_path / 'b/2.png'))]
-
-
-def test_errors_of_the_study_are_the_users():
-    assert issubclass(UserError, UserError)

@@ -20,6 +20,7 @@ ROOT = Path(__file__).parents[1]
 HUB = ROOT / 'hub'
 MODELS = sorted(path.name for path in HUB.glob('cct_*'))
 NAME = 'cct_2_sot_qk.cifar10'
+PICKLES_ARE_SAFE = tuple(map(int, re.findall(r'\d+', timm.__version__)[:3])) >= (1, 0, 26)
 
 
 def logits(model):
@@ -147,6 +148,29 @@ def test_original_checkpoint_is_still_a_file(folder):
     torch.save({'state_dict': weights}, folder / 'w.pth')
     model = timm.create_model('cct_2_sot_qk', pretrained=True, pretrained_cfg_overlay=dict(file=str(folder / 'w.pth')))
     assert torch.equal(logits(model), logits(timm.create_model(NAME, pretrained=True)))
+
+
+class Evil:
+    def __init__(self, folder):
+        self.folder = folder
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.folder),)
+
+
+@pytest.mark.skipif(not PICKLES_ARE_SAFE, reason=f'timm {timm.__version__} runs what a pickle holds, as README says')
+@pytest.mark.parametrize('source', ['file', 'folder'])
+def test_pickle_that_holds_more_than_weights(folder, source):
+    pickled = {**load_file(folder / 'model.safetensors'), 'evil': Evil(folder / 'ran')}
+    (folder / 'model.safetensors').unlink()
+    torch.save(pickled, folder / 'pytorch_model.bin')
+    with pytest.raises(RuntimeError, match=f'^{source} {folder}.*; it holds more than weights, have them saved'):
+        if source == 'file':
+            overlay = dict(file=str(folder / 'pytorch_model.bin'))
+            timm.create_model('cct_2_sot_qk', pretrained=True, pretrained_cfg_overlay=overlay)
+        else:
+            timm.create_model(f'local-dir:{folder}', pretrained=True)
+    assert not (folder / 'ran').exists()
 
 
 WHEEL = '''

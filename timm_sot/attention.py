@@ -160,7 +160,8 @@ class SOTAttention(Attention):
         'sot_qk_nosoftmax'  S d^-1/2, S = SOT(Q, K)
        The entries of S are in [0, 1] and its diagonal is 1; its rows do not sum to 1, so neither do those of the
        variants without softmax.
-     - attention masks are refused by all variants but 'softmax'.
+     - attention masks are refused by all variants but 'softmax', with NotImplementedError, and other numbers of tokens
+       than the head width by 'sot_qkt', with ValueError.
     """
     tol: Optional[float]
 
@@ -205,12 +206,12 @@ class SOTAttention(Attention):
             tol: Optional[float] = None,
             distance: str = 'euclidean',
     ) -> None:
-        """Change how the attention weights are made; the arguments are those of the constructor."""
+        """Change how the attention weights are made; arguments, defaults and errors are those of the constructor."""
         check_variant(variant, reg, iters, tol, distance)
         self.variant = variant
         self.operands, self.softmax = VARIANTS[variant]
         self.reg = float(reg)
-        self.iters = iters
+        self.iters = int(iters)
         self.tol = None if tol is None else float(tol)
         self.distance = distance
         # absent from the Attention of older timm versions

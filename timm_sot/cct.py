@@ -38,7 +38,7 @@ from torch.jit import Final
 
 try:
     from timm.models._input import update_model_args, update_model_input_size
-except ImportError:  # an older timm, which keeps no record of what a model was changed to
+except ImportError:  # timm before 1.0.31 keeps no record of what a model was changed to
     update_model_args = update_model_input_size = None
 
 from .attention import SOTAttention
@@ -292,10 +292,8 @@ class CCT(nn.Module):
         if pos_embed not in ('learn', 'sine', 'none'):
             raise ValueError(f"pos_embed={pos_embed!r} is unknown; choose one of ('learn', 'sine', 'none').")
         check_global_pool(global_pool)
-        self.img_size = to_2tuple(img_size)
+        self.img_size = check_img_size(img_size)
         check_positive_integers(
-            height=self.img_size[0],
-            width=self.img_size[1],
             in_chans=in_chans,
             embed_dim=embed_dim,
             depth=depth,
@@ -432,9 +430,12 @@ class CCT(nn.Module):
 
         Args:
             img_size: New input resolution in pixels, one number or (height, width).
+
+        Raises:
+            ValueError: If it is no size; the model is then unchanged.
         """
         old_size = self.grid_size
-        self.img_size = to_2tuple(img_size)
+        self.img_size = check_img_size(img_size)
         self.grid_size = self.tokenizer.grid_size(self.img_size)
         if self.pos_embed is not None and self.grid_size != old_size:
             with torch.no_grad():
@@ -603,6 +604,15 @@ def check_global_pool(global_pool: str) -> None:
         raise ValueError(f"global_pool={global_pool!r} is unknown; choose one of ('seq', 'avg', '').")
 
 
+def check_img_size(img_size: Union[int, Tuple[int, int]]) -> Tuple[int, int]:
+    """Height and width of an image size; raise ValueError for what is none."""
+    size = to_2tuple(img_size)
+    if len(size) != 2:
+        raise ValueError(f'img_size={img_size!r} must be one number or (height, width).')
+    check_positive_integers(height=size[0], width=size[1])
+    return size
+
+
 def check_positive_integers(**numbers: int) -> None:
     """Raise ValueError for a number that is no integer of at least 1."""
     for name, value in numbers.items():
@@ -647,6 +657,10 @@ def checkpoint_filter_fn(state_dict: Dict[str, torch.Tensor], model: CCT) -> Dic
     """Rename the parameters of original Compact-Transformers checkpoints and fit the position embedding to the model.
 
     Parameters of a sequence pooling or a position embedding that the model was told not to have are left out.
+
+    Raises:
+        RuntimeError: If the checkpoint lacks parameters of the model, or has others.
+        ValueError: If its position embedding does not fit the model.
     """
     state_dict = state_dict.get('model', state_dict)
     state_dict = state_dict.get('state_dict', state_dict)
@@ -655,6 +669,7 @@ def checkpoint_filter_fn(state_dict: Dict[str, torch.Tensor], model: CCT) -> Dic
         for pattern, replacement in _ORIGINAL_NAMES:
             name = re.sub(pattern, replacement, name)
         out[name] = value
+    check_names(out, model)  # first: the position embedding of another architecture may fail in its own way
 
     pos_embed = out.get('pos_embed')
     if pos_embed is not None and model.sine:
@@ -677,7 +692,6 @@ def checkpoint_filter_fn(state_dict: Dict[str, torch.Tensor], model: CCT) -> Dic
         del out[name]
     if unused:
         _logger.warning(f'Left out of the checkpoint, the model being without them: {", ".join(unused)}.')
-    check_names(out, model)
     return out
 
 
@@ -839,6 +853,6 @@ def cct_2_sot_qk_nosoftmax(pretrained: bool = False, **kwargs) -> CCT:
 
 @register_model
 def cct_2_sot_qkt(pretrained: bool = False, **kwargs) -> CCT:
-    """CCT-2/3x2 with softmax(SOT(Q, K^T) d^-1/2) attention, for inputs with as many tokens as a head is wide (64)."""
+    """CCT-2/3x2 with softmax(SOT(Q, K^T) d^-1/2) attention, for inputs of as many tokens as a head is wide (64)."""
     model_args = dict(_CCT_2, attn='sot_qkt')
     return _create_cct('cct_2_sot_qkt', pretrained=pretrained, **dict(model_args, **kwargs))

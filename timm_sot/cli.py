@@ -56,6 +56,15 @@ def _share(text: str) -> float:
     return value
 
 
+def _seed(text: str) -> int:
+    """An argparse type: at least 0 and below 2^32, of which a study can make the seeds of its epochs."""
+    value = int(text)
+    if not 0 <= value < 2 ** 32:
+        raise argparse.ArgumentTypeError(f'must be at least 0 and below 2^32, got {text}')
+    return value
+
+
+_seed.__name__ = 'int'
 _part.__name__ = _share.__name__ = 'float'  # argparse names the type in its messages
 
 
@@ -71,13 +80,14 @@ def _add_study(commands) -> None:
                             'regularization, and softmax; candidates: new forms and their controls, on a validation '
                             'split. The other options change it (default: %(default)s)')
     group.add_argument('--models', nargs='+', metavar='NAME',
-                       help='timm models, the first of which gives the others their initial values; of those that a '
-                            'preset has, its rows')
+                       help='timm models in place of those of the preset, which keep its arguments if they are in it; '
+                            'the first gives the others their initial values')
     group.add_argument('--model-kwargs', nargs='*', default={}, action=_ModelKwargs, metavar='KEY=VALUE',
                        help='arguments of every model, e.g. sot_reg=0.5')
     group.add_argument('--grid', nargs='*', default={}, action=_ModelKwargs, metavar='KEY=VALUE,VALUE',
                        help='arguments of which every combination is a row, e.g. sot_reg=0.1,0.5')
-    group.add_argument('--seed', nargs='+', type=_number(int, 0), metavar='N')
+    group.add_argument('--seed', nargs='+', type=_seed, metavar='N',
+                       help='seeds, with each of which every row is trained')
     group.add_argument('--data-dir', default='', metavar='DIR',
                        help='folder, or tar archive, with train/<class>/ and val/<class>/ or test/<class>/')
     group.add_argument('--dataset', default='', metavar='NAME',
@@ -90,12 +100,14 @@ def _add_study(commands) -> None:
                             'for candidates)')
 
     group = parser.add_argument_group('how')
-    group.add_argument('--epochs', type=_number(int, 1))
-    group.add_argument('--batch-size', type=_number(int, 1))
+    group.add_argument('--epochs', type=_number(int, 1), help='times that the training images are seen')
+    group.add_argument('--batch-size', type=_number(int, 1), help='images in a training step')
     group.add_argument('--lr', type=_number(float, 0, exclusive=True), help='peak learning rate')
-    group.add_argument('--weight-decay', type=_number(float, 0))
+    group.add_argument('--weight-decay', type=_number(float, 0), help='that of AdamW, for all parameters')
     group.add_argument('--smoothing', type=_part, help='label smoothing')
-    group.add_argument('--schedule', choices=['cosine', 'original'])
+    group.add_argument('--schedule', choices=['cosine', 'original'],
+                       help='of the learning rate: cosine, by step after a warm-up of a quarter of an epoch, or that '
+                            'of the original runs, by epoch after a warm-up of five')
     group.add_argument('--augment', nargs='*', choices=['autoaugment', 'autoaugment-gray', 'crop', 'flip'],
                        help='in this order; default without a preset: crop, and flip for folders')
     group.add_argument('--precision', choices=['float32', 'conv-tf32', 'bfloat16'],
@@ -272,7 +284,7 @@ def _add_attention(commands) -> None:
                              default=[0.01, 0.03, 0.1, 0.3, 1.], help='regularizations (default: %(default)s)')
         else:
             sub.add_argument('--dropout', action='store_true', help='apply the dropout of the attention weights')
-        sub.add_argument('--seed', type=_number(int, 0), default=0,
+        sub.add_argument('--seed', type=_seed, default=0,
                          help='of random weights and dropout (default: %(default)s)')
         sub.add_argument('--dpi', type=_number(int, 10), default=150,
                          help='dots per inch of a PNG (default: %(default)s)')

@@ -75,12 +75,12 @@ def export(
         checkpoint: A checkpoint of timm's train.py, or the safetensors of a finished run of a study.
         out: The folder, named <model>.<tag>; the tag names the data.
         data_dir: Images to evaluate on, in <class>/ or test/<class>/ or val/<class>/.
-        device: Where to evaluate.
+        device: Where to evaluate, None for the CPU.
         model_kwargs: Arguments to use in place of those of the training, None for the model's default; the card names
             them.
 
     Returns:
-        What was measured.
+        What was measured, None without `data_dir`.
 
     Raises:
         UserError: If the checkpoint or the images cannot be read, or the folder cannot be written.
@@ -134,7 +134,8 @@ def read_checkpoint(path: str) -> Checkpoint:
             with torch.serialization.safe_globals([argparse.Namespace]):  # the arguments of train.py
                 content = torch.load(path, map_location='cpu', weights_only=True)
     except Exception as e:
-        reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
+        # the first sentence: that of torch is followed by how to run what a pickle holds
+        reason = str(e).strip().splitlines()[0].partition('. ')[0] if str(e).strip() else type(e).__name__
         raise UserError(f'{path} is damaged or no checkpoint of weights and plain values: {reason}') from e
     if path.endswith('.safetensors'):
         return read_study(path, content)

@@ -1,5 +1,6 @@
-""" Self-Optimal-Transport attention inside any timm model """
+""" Self-Optimal-Transport attention in the layers of timm models """
 import operator
+import re
 from typing import Dict, Iterable, Optional
 
 from timm.layers import Attention
@@ -28,7 +29,7 @@ def apply_sot(
     of `timm.layers.Attention` with a forward of their own, are left alone.
 
     Weights do not say what attention they are for. Where timm saves a model's arguments with it (`save_for_hf`,
-    `push_to_hf_hub`; older versions do not), a CCT whose layers all have the same attention is saved with its `attn`,
+    `push_to_hf_hub`; from 1.0.31 on), a CCT whose layers all have the same attention is saved with its `attn`,
     `sot_reg`, `sot_iters` and `sot_tol`. Any other model is loaded with its former attention: call `apply_sot`
     again.
 
@@ -47,7 +48,7 @@ def apply_sot(
     Raises:
         ValueError: If the model has no such layer, `blocks` names one that it does not have, a layer to change is of a
             subclass with an `attention_weights` of its own, or another argument is out of its range; the model is then
-            unchanged.
+            unchanged. That 'sot_qkt' has as many tokens as a head is wide is checked when the model runs.
     """
     layers = attention_layers(model)
     try:
@@ -88,16 +89,18 @@ def attention_layers(model: nn.Module) -> Dict[str, Attention]:
     """The layers of a model with the forward of timm's Attention or of SOTAttention, by module name.
 
     Raises:
-        ValueError: If it has none.
+        ValueError: If it has none, or is no model.
     """
+    if not isinstance(model, nn.Module):
+        raise ValueError(f'model={model!r} must be a torch.nn.Module, such as timm.create_model returns.')
     layers = {name: module for name, module in model.named_modules() if (
         type(module) is Attention or isinstance(module, SOTAttention) and type(module).forward is SOTAttention.forward)}
     if not layers:
         others = sorted({
             f'{type(module).__module__}.{type(module).__qualname__}' for module in model.modules()
-            if 'attention' in type(module).__name__.lower()})
+            if re.search('attention|attn', type(module).__name__, re.IGNORECASE)})
         raise ValueError(
             f'model ({type(model).__name__}) has no timm.layers.Attention or timm_sot.SOTAttention module; '
-            f'found {", ".join(others) if others else "no attention module of any class"}. '
-            f'Models that have one are those whose blocks use timm.layers.Attention, such as vit_*, deit_* and cct_*.')
+            f'found {", ".join(others) if others else "none with attention in the name of its class"}. '
+            f'It takes a model like vit_base_patch16_224, deit3_small_patch16_224, pit_s_224 or cct_2.')
     return layers

@@ -59,12 +59,12 @@ def sinkhorn(
             f'{tuple(log_kernel.shape)}; add a dimension for a single row.')
     if not log_kernel.is_floating_point():
         raise ValueError(f'log_kernel must be floating point, got {log_kernel.dtype}; convert it, e.g. with .float().')
-    return solve(log_kernel.to(compute_dtype(log_kernel)), iters, tol, row_mass).to(log_kernel.dtype)
+    return solve(log_kernel.to(compute_dtype(log_kernel)), int(iters), tol, row_mass).to(log_kernel.dtype)
 
 
 def check_sinkhorn_args(iters: int, tol: Optional[float], row_mass: Optional[float] = None) -> None:
     """Raise ValueError for settings that no Sinkhorn run can follow."""
-    if isinstance(iters, bool) or not isinstance(iters, int) or iters < 1:
+    if isinstance(iters, bool) or not isinstance(iters, numbers.Integral) or iters < 1:
         raise ValueError(f'iters={iters!r} must be an integer of at least 1; 10 is the default.')
     if tol is not None and not (is_number(tol) and tol >= 0):
         raise ValueError(f'tol={tol!r} must be None (run exactly iters iterations) or a number of at least 0.')

@@ -88,7 +88,7 @@ def self_optimal_transport(
         points = x.to(compute_dtype(x))  # cast once: with two, float16 gradients can overflow before their sum
         others = points if y is None else y.to(points.dtype)
         out = sot_matrix(
-            points, others, distance, normalize, reg, iters, tol, row_mass, mask_diagonal, sigmoid, max_scale)
+            points, others, distance, normalize, reg, int(iters), tol, row_mass, mask_diagonal, sigmoid, max_scale)
     return out.to(x.dtype)
 
 

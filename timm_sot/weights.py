@@ -33,7 +33,7 @@ def hub_folder() -> Path:
 def with_readable_folder(kwargs: Dict[str, Any]) -> Dict[str, Any]:
     """Arguments for timm, in which the file takes the place of a `local-dir:` folder that timm would unpickle.
 
-    timm read folders of safetensors as pickles, in vain, up to some version before 1.0.26.
+    timm before 1.0.26 reads folders of safetensors as pickles, in vain.
     """
     cfg = kwargs.get('pretrained_cfg')
     if tuple(map(int, re.findall(r'\d+', timm.__version__)[:3])) >= (1, 0, 26):
@@ -99,6 +99,8 @@ def explain(error: Exception, cfg: Dict[str, Any]) -> None:
         message = 'there is no such file'
     elif isinstance(error, SafetensorError):
         message = f'{WEIGHTS_FILE} is damaged or cut off ({message})'
+    elif 'weights_only' in message:  # timm has refused a pickle, and goes on to say how to load it nevertheless
+        advice = 'it holds more than weights, have them saved as safetensors'
     elif isinstance(error, TypeError):
         advice = 'an argument that is not yours is of config.json, which may be of another version of timm-sot'
     elif type(error).__module__.partition('.')[0] in ('huggingface_hub', 'httpx', 'httpx2', 'requests'):

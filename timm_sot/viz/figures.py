@@ -21,7 +21,7 @@ from matplotlib.patches import Rectangle
 
 from ..patch import attention_layers
 from .inputs import model_input, shown_pixels, token_grid
-from .maps import attention_entropy, attention_maps, attributes_set
+from .maps import attention_entropy, attention_maps, attributes_set, rows_of_sum_one
 
 __all__ = ['compare', 'entropy', 'heads', 'patches', 'reg']
 
@@ -158,7 +158,8 @@ def patches(
 ) -> Figure:
     """Where in the image the attention of chosen patches goes, over the image at its resolution.
 
-    Weights are shown relative to uniform ones, as w N for N tokens, so that models of different N can be compared.
+    Weights are shown relative to uniform ones, as w N for N tokens, so that models of different N can be compared; the
+    rows of variants without softmax, which do not sum to 1, are divided by their sum first, as they are for `entropy`.
     Class tokens and the like are not part of the image and are left out.
 
     Args:
@@ -177,7 +178,10 @@ def patches(
         maps = maps_of(model, [image], dropout)
         check_matrix(maps, matrix, name)
         key = find_layer({k: record for k, record in maps.items() if matrix in record}, layer, name)
-        values = pick_head(maps[key][matrix][0], head, name, key)
+        values = maps[key][matrix][0]  # (H, N, N)
+        if matrix == 'weights' and not getattr(layer_of(model, key), 'softmax', True):
+            values = rows_of_sum_one(values).float()
+        values = pick_head(values, head, name, key)
         N = values.shape[-1]
         height, width = token_grid(model, N)
         values = values[-height * width:, -height * width:].reshape(height, width, height, width)

@@ -77,7 +77,9 @@ def load_model(name: str, checkpoint: str, untrained: bool, model_kwargs: Dict[s
         what = 'its pretrained weights' if trained else 'random weights'
         what = f'the weights in {checkpoint}' if checkpoint else what
         also = f' and {model_kwargs}' if model_kwargs else ''
-        hint = '; --checkpoint or --untrained do without them.' if trained and not checkpoint else ''
+        hint = ''
+        if trained and not checkpoint and not isinstance(e, (TypeError, ValueError)):  # those are about arguments
+            hint = ' (--checkpoint or --untrained do without them)'
         raise UserError(f'cannot create {name} with {what}{also}: {type(e).__name__}: {first_line(e)}{hint}') from e
     return model.eval(), trained
 

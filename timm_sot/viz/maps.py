@@ -165,7 +165,7 @@ def row_entropy(weights: torch.Tensor) -> torch.Tensor:
     Rows that do not sum to 1, those of the variants without softmax, are divided by their sum first. In float64, since
     for weights that differ from uniform ones by a small part it differs from 1 by about the square of that.
     """
-    weights = unit_rows(weights)
+    weights = rows_of_sum_one(weights)
     return torch.special.entr(weights).sum(dim=-1) / math.log(weights.shape[-1])
 
 
@@ -176,13 +176,13 @@ def common_part(weights: torch.Tensor) -> torch.Tensor:
     in a doubly stochastic matrix, or the weights are uniform. It is the sum of squares of the mean row's differences
     from 1/N, as a share of that of all rows'. Rows are divided by their sum first.
     """
-    differences = unit_rows(weights) - 1 / weights.shape[-1]
+    differences = rows_of_sum_one(weights) - 1 / weights.shape[-1]
     common = differences.mean(dim=-2).square().sum(dim=-1)
     total = differences.square().sum(dim=-1).mean(dim=-1)
     return torch.where(total > 0, common / total, 0.)
 
 
-def unit_rows(weights: torch.Tensor) -> torch.Tensor:
+def rows_of_sum_one(weights: torch.Tensor) -> torch.Tensor:
     """The rows divided by their sums, in float64 where the device has it."""
     weights = weights.double() if weights.device.type != 'mps' else weights.float()
     return weights / weights.sum(dim=-1, keepdim=True)
