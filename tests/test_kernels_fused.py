@@ -42,7 +42,8 @@ needs_cuda = pytest.mark.skipif(not HAS_CUDA, reason='needs a GPU')
 @pytest.mark.parametrize('device, dtype, tokens, width, tol, path', [
     ('cuda', torch.bfloat16, 64, 64, None, 'onchip'),
     ('cuda', torch.float16, 1, 16, None, 'onchip'),
-    ('cuda', torch.float32, 128, 128, None, 'onchip'),
+    ('cuda', torch.float32, 128, 64, None, 'onchip'),
+    ('cuda', torch.float32, 64, 128, None, 'onchip'),
     ('cuda', torch.float32, 129, 128, None, 'streamed'),
     ('cuda', torch.bfloat16, 65536, 64, None, 'streamed'),
     ('cuda', torch.bfloat16, 64, 129, None, 'eager'),
@@ -57,7 +58,7 @@ needs_cuda = pytest.mark.skipif(not HAS_CUDA, reason='needs a GPU')
     ('mps', torch.float32, 64, 64, None, 'eager'),
 ])
 def test_rule(monkeypatch, device, dtype, tokens, width, tol, path):
-    gpu = type('Properties', (), dict(major=9))
+    gpu = type('Properties', (), dict(major=9, shared_memory_per_block_optin=227 << 10))
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
     monkeypatch.setattr(torch.cuda, 'get_device_properties', lambda device: gpu)
     monkeypatch.setattr(fused, 'HAS_TRITON', True)
@@ -71,6 +72,27 @@ def test_rule(monkeypatch, device, dtype, tokens, width, tol, path):
     gpu.major = 9
     monkeypatch.setattr(fused, 'HAS_TRITON', False)
     assert choose_path(device, dtype, tokens, width, tol) == 'eager'
+
+
+@pytest.mark.parametrize('dtype, tokens, width, hopper, ampere, small', [
+    (torch.float32, 64, 64, 'onchip', 'onchip', 'onchip'),
+    (torch.float32, 65, 64, 'onchip', 'streamed', 'streamed'),
+    (torch.float32, 64, 65, 'onchip', 'eager', 'eager'),
+    (torch.float32, 65, 65, 'streamed', 'eager', 'eager'),
+    (torch.float32, 500, 128, 'streamed', 'eager', 'eager'),
+    (torch.bfloat16, 128, 64, 'onchip', 'onchip', 'onchip'),
+    (torch.float16, 128, 128, 'onchip', 'onchip', 'streamed'),
+])
+def test_rule_leaves_out_what_does_not_fit(monkeypatch, dtype, tokens, width, hopper, ampere, small):
+    """Shared memory of a program: 227 KiB on Hopper, 163 KiB on an A100, 99 KiB on smaller GPUs of its generation."""
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    monkeypatch.setattr(fused, 'HAS_TRITON', True)
+    for kibibytes, path in ((227, hopper), (163, ampere), (99, small), (None, small)):
+        gpu = type('Properties', (), dict(major=8))
+        if kibibytes:  # torch 2.5 does not tell
+            gpu.shared_memory_per_block_optin = kibibytes << 10
+        monkeypatch.setattr(torch.cuda, 'get_device_properties', lambda device: gpu)
+        assert choose_path(torch.device('cuda'), dtype, tokens, width) == path, kibibytes
 
 
 def test_import_needs_neither_triton_nor_numba():
@@ -424,7 +446,7 @@ def test_compile_with_dynamic_shapes(device, fuse):
     layer, _ = layer_and_input(device)
     layer.fused_attn = fuse
     compiled = torch.compile(layer, fullgraph=True, backend='aot_eager', dynamic=True)
-    for B, N in ((2, 16), (3, 20), (5, 33)):
+    for B, N in ((2, 17), (3, 20), (5, 32)):  # the on-chip kernels know the next power of 2
         x = torch.randn(B, N, 32, device=device, requires_grad=True)
         with torch._dynamo.config.patch(error_on_recompile=True):  # for another number of tokens
             results = step(compiled, x)
