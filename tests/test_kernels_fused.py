@@ -1,4 +1,5 @@
 """ The operator timm_sot::sot_attention, whatever implements it """
+import contextlib
 import math
 import subprocess
 import sys
@@ -302,6 +303,41 @@ def test_repeated_runs_are_equal(path):
 def test_empty_batch(path):
     q, k, v, grad = make_inputs(2, 2, 16, 16, device=device_of(path))
     assert [x.shape for x in run(path, q[:0], k[:0], v[:0], grad[:0])] == [(0, 2, 16, 16)] * 4
+
+
+def test_runs_on_the_device_of_its_tensors(monkeypatch):
+    """Triton launches on the current GPU, which may be another one."""
+    on, seen = [], []
+
+    @contextlib.contextmanager
+    def device_of(tensor):
+        on.append(tensor)
+        yield
+        on.pop()
+
+    class Implementation:
+        def __getattr__(self, name):
+            seen.append((name, len(on)))
+            return getattr(fused.importlib.import_module('timm_sot.kernels.cpu'), name)
+
+    monkeypatch.setattr(torch.cuda, 'device_of', device_of)
+    monkeypatch.setattr(fused, '_implementation', lambda path: Implementation())
+    q, k, v, grad = make_inputs(1, 1, 16, 16, device='cpu')
+    fused_sot_attention(q.requires_grad_(), k, v, 'qk', True, 0.1, 2, 0.25, 0., 'euclidean', 'cpu').backward(grad)
+    assert seen == [('sot_attention_forward', 1), ('sot_attention_backward', 1)]
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason='needs two GPUs')
+@pytest.mark.parametrize('N', [16, 130])
+def test_second_gpu(N):
+    results = []
+    for device in ('cuda:0', 'cuda:1'):
+        layer, _ = layer_and_input(device)
+        x = torch.randn(2, N, 32, generator=torch.Generator().manual_seed(0)).to(device).requires_grad_()
+        layer.load_state_dict(layer_and_input('cpu')[0].state_dict())
+        results.append([y.cpu() for y in step(layer, x)])
+    for actual, wanted in zip(*results):
+        assert error(actual, wanted) < 1e-5 or wanted.abs().max() < 1e-6
 
 
 @pytest.mark.parametrize('path', PATHS)

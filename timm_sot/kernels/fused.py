@@ -137,8 +137,9 @@ def _forward(
         distance: str,
         path: str,
 ) -> Tuple[torch.Tensor, torch.Tensor]:
-    return _implementation(path).sot_attention_forward(
-        q, k, v, operands, softmax, reg, iters, scale, dropout_p, seed, distance)
+    with torch.cuda.device_of(q):  # Triton launches on the current GPU
+        return _implementation(path).sot_attention_forward(
+            q, k, v, operands, softmax, reg, iters, scale, dropout_p, seed, distance)
 
 
 @_forward.register_fake
@@ -164,8 +165,9 @@ def _backward(
         distance: str,
         path: str,
 ) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return _implementation(path).sot_attention_backward(
-        grad_out, q, k, v, saved, operands, softmax, reg, iters, scale, dropout_p, seed, distance)
+    with torch.cuda.device_of(q):
+        return _implementation(path).sot_attention_backward(
+            grad_out, q, k, v, saved, operands, softmax, reg, iters, scale, dropout_p, seed, distance)
 
 
 @_backward.register_fake
