@@ -441,6 +441,20 @@ def test_layer_calls_the_operator(device):
     assert called == runs_fused(device)
 
 
+@pytest.mark.parametrize('device', DEVICES)
+def test_compiled_layer_calls_the_operator(device):
+    torch._dynamo.reset()
+    layer, x = layer_and_input(device)
+    targets = []
+
+    def backend(graph, inputs):
+        targets.extend(str(node.target) for node in graph.graph.nodes)
+        return graph
+
+    torch.compile(layer, fullgraph=True, backend=backend)(x)
+    assert ('timm_sot.sot_attention' in targets) == runs_fused(device), targets
+
+
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize('qk_norm', [False, True])
 @pytest.mark.parametrize('device', DEVICES)
