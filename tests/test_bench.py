@@ -236,6 +236,21 @@ def test_train_once(monkeypatch):
         bench.train_once(32, torch.float32, CPU)
 
 
+# The run
+
+def test_what_the_bars_need_comes_first(tiny, monkeypatch):
+    """A run may be cut short."""
+    def row(**what):
+        return dict(dict(section='', case='', phase='', baseline='', contender=''), **what)
+
+    monkeypatch.setattr(bench, 'time_group', lambda group, *args: [row(section=group.section)])
+    monkeypatch.setattr(bench, 'memory_rows', lambda *args: iter([row(section='memory', case=case) for case in 'ab']))
+    rows = bench.run_bench(CPU)['rows']
+    assert [row['section'] for row in rows[:4]] == ['core', 'step', 'memory', 'memory'] and len(rows) > 6
+    only = bench.run_bench(CPU, sections=['memory'])['rows']
+    assert [row['case'] for row in only] == ['a', 'b']
+
+
 # The report
 
 def test_report(report, tmp_path):
