@@ -70,6 +70,7 @@ def onchip_needs():
             ('bf16 64 sot_q', 64, 64, torch.bfloat16, 'q', 0.),
             ('bf16 64 dropout', 64, 64, torch.bfloat16, 'qk', 0.1),
             ('f32 64', 64, 64, torch.float32, 'qk', 0.),
+            ('f32 128', 128, 64, torch.float32, 'qk', 0.),
             ('bf16 128', 128, 128, torch.bfloat16, 'qk', 0.),
     ):
         q = torch.empty(1, 1, N, D, dtype=dtype)
@@ -89,6 +90,9 @@ def streamed_needs():
         for axis in (1, 0) if 'AXIS' in kernel.arg_names else (None,):
             own = {k: v for k, v in dict(constants, AXIS=axis).items() if k in kernel.arg_names}
             yield f'{name} {axis}', needs(kernel, torch.bfloat16, own, num_warps=4, num_stages=3)
+    # what takes the most shared memory
+    own = dict(own, PRECISION='tf32x3', BLOCK_D=128, AXIS=0)
+    yield 'f32 128', needs(streamed._cost_gradient_kernel, torch.float32, own, num_warps=4, num_stages=1)
 
 
 if __name__ == '__main__':

@@ -73,6 +73,19 @@ def test_sections(tiny):
     assert 'bfloat16' in report['rows'][0]['case'] and report['about']['quick']
 
 
+def test_what_the_bars_need_comes_first(tiny, monkeypatch):
+    """A run may be cut short."""
+    def row(**what):
+        return dict(dict(section='', case='', phase='', baseline='', contender=''), **what)
+
+    monkeypatch.setattr(runner, 'time_group', lambda group, *args: [row(section=group.section)])
+    monkeypatch.setattr(runner, 'memory_rows', lambda *args: iter([row(section='memory', case=case) for case in 'ab']))
+    rows = runner.run_bench(CPU)['rows']
+    assert [row['section'] for row in rows[:4]] == ['core', 'step', 'memory', 'memory'] and len(rows) > 6
+    only = runner.run_bench(CPU, sections=['memory'])['rows']
+    assert [row['case'] for row in only] == ['a', 'b']
+
+
 # The command
 
 def test_command(tiny, tmp_path, capsys):

@@ -25,11 +25,12 @@ def test_onchip():
     for name, need in needs('onchip').items():
         assert need['shared'] <= SHARED_MEMORY, (name, need)
         if name in ('forward bf16 16', 'forward bf16 64', 'backward bf16 64'):
-            assert need['stack'] <= 128, (name, need)  # a few values to spill are cheaper than fewer programs at a time
+            # a few values to spill are cheaper than fewer programs at a time: 120 bytes by Triton 3.8, 192 by 3.6
+            assert need['stack'] <= 256, (name, need)
 
 
 def test_streamed():
     for name, need in needs('streamed').items():
         assert need['shared'] <= SHARED_MEMORY, (name, need)
-        if not name.startswith('_cost_gradient_kernel'):
+        if not name.startswith(('_cost_gradient_kernel', 'f32')):
             assert need['stack'] == 0, (name, need)

@@ -1,4 +1,5 @@
 """ The operator timm_sot::sot_attention, whatever implements it """
+import contextlib
 import math
 import subprocess
 import sys
@@ -42,7 +43,8 @@ needs_cuda = pytest.mark.skipif(not HAS_CUDA, reason='needs a GPU')
 @pytest.mark.parametrize('device, dtype, tokens, width, tol, path', [
     ('cuda', torch.bfloat16, 64, 64, None, 'onchip'),
     ('cuda', torch.float16, 1, 16, None, 'onchip'),
-    ('cuda', torch.float32, 128, 128, None, 'onchip'),
+    ('cuda', torch.float32, 128, 64, None, 'onchip'),
+    ('cuda', torch.float32, 64, 128, None, 'onchip'),
     ('cuda', torch.float32, 129, 128, None, 'streamed'),
     ('cuda', torch.bfloat16, 65536, 64, None, 'streamed'),
     ('cuda', torch.bfloat16, 64, 129, None, 'eager'),
@@ -57,7 +59,7 @@ needs_cuda = pytest.mark.skipif(not HAS_CUDA, reason='needs a GPU')
     ('mps', torch.float32, 64, 64, None, 'eager'),
 ])
 def test_rule(monkeypatch, device, dtype, tokens, width, tol, path):
-    gpu = type('Properties', (), dict(major=9))
+    gpu = type('Properties', (), dict(major=9, shared_memory_per_block_optin=227 << 10))
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
     monkeypatch.setattr(torch.cuda, 'get_device_properties', lambda device: gpu)
     monkeypatch.setattr(fused, 'HAS_TRITON', True)
@@ -71,6 +73,27 @@ def test_rule(monkeypatch, device, dtype, tokens, width, tol, path):
     gpu.major = 9
     monkeypatch.setattr(fused, 'HAS_TRITON', False)
     assert choose_path(device, dtype, tokens, width, tol) == 'eager'
+
+
+@pytest.mark.parametrize('dtype, tokens, width, hopper, ampere, small', [
+    (torch.float32, 64, 64, 'onchip', 'onchip', 'onchip'),
+    (torch.float32, 65, 64, 'onchip', 'streamed', 'streamed'),
+    (torch.float32, 64, 65, 'onchip', 'eager', 'eager'),
+    (torch.float32, 65, 65, 'streamed', 'eager', 'eager'),
+    (torch.float32, 500, 128, 'streamed', 'eager', 'eager'),
+    (torch.bfloat16, 128, 64, 'onchip', 'onchip', 'onchip'),
+    (torch.float16, 128, 128, 'onchip', 'onchip', 'streamed'),
+])
+def test_rule_leaves_out_what_does_not_fit(monkeypatch, dtype, tokens, width, hopper, ampere, small):
+    """Shared memory of a program: 227 KiB on Hopper, 163 KiB on an A100, 99 KiB on smaller GPUs of its generation."""
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    monkeypatch.setattr(fused, 'HAS_TRITON', True)
+    for kibibytes, path in ((227, hopper), (163, ampere), (99, small), (None, small)):
+        gpu = type('Properties', (), dict(major=8))
+        if kibibytes:  # torch 2.5 does not tell
+            gpu.shared_memory_per_block_optin = kibibytes << 10
+        monkeypatch.setattr(torch.cuda, 'get_device_properties', lambda device: gpu)
+        assert choose_path(torch.device('cuda'), dtype, tokens, width) == path, kibibytes
 
 
 def test_import_needs_neither_triton_nor_numba():
@@ -282,6 +305,41 @@ def test_empty_batch(path):
     assert [x.shape for x in run(path, q[:0], k[:0], v[:0], grad[:0])] == [(0, 2, 16, 16)] * 4
 
 
+def test_runs_on_the_device_of_its_tensors(monkeypatch):
+    """Triton launches on the current GPU, which may be another one."""
+    on, seen = [], []
+
+    @contextlib.contextmanager
+    def device_of(tensor):
+        on.append(tensor)
+        yield
+        on.pop()
+
+    class Implementation:
+        def __getattr__(self, name):
+            seen.append((name, len(on)))
+            return getattr(fused.importlib.import_module('timm_sot.kernels.cpu'), name)
+
+    monkeypatch.setattr(torch.cuda, 'device_of', device_of)
+    monkeypatch.setattr(fused, '_implementation', lambda path: Implementation())
+    q, k, v, grad = make_inputs(1, 1, 16, 16, device='cpu')
+    fused_sot_attention(q.requires_grad_(), k, v, 'qk', True, 0.1, 2, 0.25, 0., 'euclidean', 'cpu').backward(grad)
+    assert seen == [('sot_attention_forward', 1), ('sot_attention_backward', 1)]
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason='needs two GPUs')
+@pytest.mark.parametrize('N', [16, 130])
+def test_second_gpu(N):
+    results = []
+    for device in ('cuda:0', 'cuda:1'):
+        layer, _ = layer_and_input(device)
+        x = torch.randn(2, N, 32, generator=torch.Generator().manual_seed(0)).to(device).requires_grad_()
+        layer.load_state_dict(layer_and_input('cpu')[0].state_dict())
+        results.append([y.cpu() for y in step(layer, x)])
+    for actual, wanted in zip(*results):
+        assert error(actual, wanted) < 1e-5 or wanted.abs().max() < 1e-6
+
+
 @pytest.mark.parametrize('path', PATHS)
 def test_second_derivative_is_refused(path):
     q, k, v, _ = make_inputs(1, 1, 16, 16, device=device_of(path))
@@ -383,6 +441,20 @@ def test_layer_calls_the_operator(device):
     assert called == runs_fused(device)
 
 
+@pytest.mark.parametrize('device', DEVICES)
+def test_compiled_layer_calls_the_operator(device):
+    torch._dynamo.reset()
+    layer, x = layer_and_input(device)
+    targets = []
+
+    def backend(graph, inputs):
+        targets.extend(str(node.target) for node in graph.graph.nodes)
+        return graph
+
+    torch.compile(layer, fullgraph=True, backend=backend)(x)
+    assert ('timm_sot.sot_attention' in targets) == runs_fused(device), targets
+
+
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize('qk_norm', [False, True])
 @pytest.mark.parametrize('device', DEVICES)
@@ -424,7 +496,7 @@ def test_compile_with_dynamic_shapes(device, fuse):
     layer, _ = layer_and_input(device)
     layer.fused_attn = fuse
     compiled = torch.compile(layer, fullgraph=True, backend='aot_eager', dynamic=True)
-    for B, N in ((2, 16), (3, 20), (5, 33)):
+    for B, N in ((2, 17), (3, 20), (5, 32)):  # the on-chip kernels know the next power of 2
         x = torch.randn(B, N, 32, device=device, requires_grad=True)
         with torch._dynamo.config.patch(error_on_recompile=True):  # for another number of tokens
             results = step(compiled, x)

@@ -15,7 +15,13 @@ from .kernels import sinkhorn as kernel
 
 __all__ = ['sinkhorn']
 
-is_exporting = getattr(torch.compiler, 'is_exporting', lambda: False)  # older versions of torch cannot be asked
+
+def is_exporting() -> bool:
+    """Whether torch.export traces, as far as this version of torch can tell.
+
+    torch.compiler.is_exporting, where there is one, answers torch.compile with True in some versions (2.11 is one).
+    """
+    return getattr(torch.compiler, '_is_exporting_flag', False)
 
 
 def sinkhorn(

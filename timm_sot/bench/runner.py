@@ -93,6 +93,9 @@ def run_bench(
     groups = groups_of(sections, dtype, device, quick)
     seconds = QUICK_SECONDS if quick else SECONDS
     total = sum(group.weight for group in groups)
+    turns: List[Optional[Group]] = [*groups]
+    if 'memory' in sections:
+        turns.insert(2, None)  # after the two groups that the bars need, which need it as well
     rates: Dict[Tuple[str, ...], float] = {}
 
     def add(rows):
@@ -101,18 +104,18 @@ def run_bench(
         report['about']['seconds'] = round(time.perf_counter() - start, 1)
         on_progress(report)
 
-    with tqdm(total=len(groups) + ('memory' in sections), unit='group') as bar:
-        for group in groups:
-            bar.set_description(f'{group.section} {group.case} {group.phase}')
-            late = time.perf_counter() - start > TIME_LIMIT
-            add(time_group(
-                group, device, seconds * group.weight / total, QUICK_ROUNDS if quick else ROUNDS, rates, late))
-            release(device)
-            bar.update()
-        if 'memory' in sections:
-            bar.set_description('memory')
-            for row in memory_rows(dtype, device):
-                add([row])
+    with tqdm(total=len(turns), unit='group') as bar:
+        for group in turns:
+            if group is None:
+                bar.set_description('memory')
+                for row in memory_rows(dtype, device):
+                    add([row])
+            else:
+                bar.set_description(f'{group.section} {group.case} {group.phase}')
+                late = time.perf_counter() - start > TIME_LIMIT
+                add(time_group(
+                    group, device, seconds * group.weight / total, QUICK_ROUNDS if quick else ROUNDS, rates, late))
+                release(device)
             bar.update()
     return report
 

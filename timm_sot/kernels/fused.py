@@ -24,11 +24,27 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 ONCHIP_MAX_TOKENS = 128  # above, an N x N matrix in float32 no longer fits into the registers of one program
 TRITON_MAX_WIDTH = 128  # above, nor do the queries, keys and values of a tile into its memory
 
+# Shared memory that a Triton program takes in the backward pass, the larger of the two: bytes for each of its rows x
+# width, where these are 64 or 128. What is smaller fits into the least that a supported GPU has.
+FLOAT32_BYTES, HALF_BYTES = 24, 9
+LEAST_SHARED_MEMORY = 99 * 1024
+
 
 @torch.compiler.assume_constant_result  # compilers do not look inside
 def cpu_works() -> bool:
     """Whether this process can run the fused loops for the CPU."""
     return loops_work()
+
+
+@torch.compiler.assume_constant_result
+def triton_memory(device: torch.device) -> int:
+    """Bytes of shared memory that a Triton program may take on a GPU, 0 where our programs do not run."""
+    if not HAS_TRITON or not torch.cuda.is_available():
+        return 0
+    properties = torch.cuda.get_device_properties(device)
+    if properties.major < 8:  # Triton's tensor cores begin with Ampere
+        return 0
+    return getattr(properties, 'shared_memory_per_block_optin', LEAST_SHARED_MEMORY)  # unknown to older torch
 
 
 def choose_path(
@@ -53,10 +69,11 @@ def choose_path(
     if tol is not None or dtype not in DTYPES:
         return 'eager'
     if device.type == 'cuda':
-        # Triton's tensor cores begin with Ampere
-        if HAS_TRITON and head_width <= TRITON_MAX_WIDTH and torch.cuda.is_available() and (
-                torch.cuda.get_device_properties(device).major >= 8):
-            return 'onchip' if tokens <= ONCHIP_MAX_TOKENS else 'streamed'
+        memory = triton_memory(device)
+        row = (FLOAT32_BYTES if dtype == torch.float32 else HALF_BYTES) * (64 if head_width <= 64 else 128)
+        if head_width <= TRITON_MAX_WIDTH and 64 * row <= memory:
+            fits = (64 if tokens <= 64 else 128) * row <= memory
+            return 'onchip' if tokens <= ONCHIP_MAX_TOKENS and fits else 'streamed'
     elif device.type == 'cpu':
         if cpu_works() and tokens <= cpu.MAX_TOKENS:
             return 'cpu'
@@ -120,8 +137,9 @@ def _forward(
         distance: str,
         path: str,
 ) -> Tuple[torch.Tensor, torch.Tensor]:
-    return _implementation(path).sot_attention_forward(
-        q, k, v, operands, softmax, reg, iters, scale, dropout_p, seed, distance)
+    with torch.cuda.device_of(q):  # Triton launches on the current GPU
+        return _implementation(path).sot_attention_forward(
+            q, k, v, operands, softmax, reg, iters, scale, dropout_p, seed, distance)
 
 
 @_forward.register_fake
@@ -147,8 +165,9 @@ def _backward(
         distance: str,
         path: str,
 ) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return _implementation(path).sot_attention_backward(
-        grad_out, q, k, v, saved, operands, softmax, reg, iters, scale, dropout_p, seed, distance)
+    with torch.cuda.device_of(q):
+        return _implementation(path).sot_attention_backward(
+            grad_out, q, k, v, saved, operands, softmax, reg, iters, scale, dropout_p, seed, distance)
 
 
 @_backward.register_fake
