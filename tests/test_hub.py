@@ -257,6 +257,7 @@ def test_the_server_would_refuse_a_bad_card(hub, tmp_path):
 CONNECTION = 'check your connection and try again'
 FAULTS = {
     # name: faults, words of the error (of timm and huggingface_hub where config.json fails, which no plugin sees)
+    # what httpx and requests, which huggingface_hub used before 1.0, say differently is cut to what both say
     'config 401': ([dict(path='config.json', status=401)], ['USER/good', '401', 'Unauthorized']),
     'config 403': ([dict(path='config.json', status=403)], ['USER/good', 'your token has the correct permissions']),
     'config 404': ([dict(path='config.json', status=404)], ['USER/good', '404', 'Not Found']),

@@ -25,7 +25,8 @@ ONCHIP_MAX_TOKENS = 128  # above, an N x N matrix in float32 no longer fits into
 TRITON_MAX_WIDTH = 128  # above, nor do the queries, keys and values of a tile into its memory
 
 # Shared memory that a Triton program takes in the backward pass, the larger of the two: bytes for each of its rows x
-# width, where these are 64 or 128. What is smaller fits into the least that a supported GPU has.
+# width, where these are 64 or 128, as compiled for Ampere. For Hopper float32 takes up to 28, which its 227 KiB hold
+# (tests/test_kernels_compile.py). What is smaller fits into the least that a supported GPU has.
 FLOAT32_BYTES, HALF_BYTES = 24, 9
 LEAST_SHARED_MEMORY = 99 * 1024
 

@@ -155,15 +155,8 @@ class CandidateAttention(SOTAttention):
             with torch.no_grad():
                 self.displacement.relative_position_bias_table.copy_(start.reshape(-1, 1))
 
-    def attend(
-            self,
-            q: torch.Tensor,
-            k: torch.Tensor,
-            v: torch.Tensor,
-            attn_mask: Optional[torch.Tensor] = None,
-            is_causal: bool = False,
-    ) -> torch.Tensor:
-        out = super().attend(q, k, v, attn_mask, is_causal)
+    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *mask: Any) -> torch.Tensor:
+        out = super().attend(q, k, v, *mask)
         if self.candidate.local:
             B, H, N, D = v.shape
             grid = v.transpose(-2, -1).reshape(B, H * D, *self.grid_size)
