@@ -45,7 +45,7 @@ def test_rows_of_controls():
 def test_rows_sum_to_the_mass(name):
     attention, q, k = layer(name)
     weights = attention.attention_weights(q, k)
-    torch.testing.assert_close(weights.sum(-1), torch.full((3, 2, 16), CANDIDATES[name].mass or 1.))
+    torch.testing.assert_close(weights.sum(-1), torch.full((3, 2, 16), (CANDIDATES[name].mass or 1.) + CANDIDATES[name].common))
     assert weights.std() > 1e-3 * weights.mean()
 
 
@@ -100,6 +100,8 @@ def test_damping_goes_from_softmax_to_the_plan():
     ('plan_mass', 'log_mass', 0., 'plan_sharp'),
     ('marginals', 'share', 0., 'plan'),
     ('cosine_gate', 'token_mass', 0., 'cosine'),
+    ('plan_common_local', 'common', 0., 'plan'),
+    ('cosine_common_local', 'common', 0., 'cosine'),
 ])
 def test_special_cases(name, parameter, value, control):
     attention, q, k = layer(name)
@@ -146,7 +148,7 @@ def test_local_adds_the_neighbours_of_each_token():
         neighbours = grid[:, head, dy:dy + 4, dx:dx + 4, channel].reshape(3, 16)
         got = attention.attend(q, k, v)[:, head, :, channel]
         torch.testing.assert_close(got, plain[:, head, :, channel] + neighbours)
-    set_parameter(attention.local, 0.)
+    set_parameter(attention.near, 0.)
     torch.testing.assert_close(attention.attend(q, k, v), plain)
 
 
@@ -204,3 +206,16 @@ def test_what_attention_adds_before_training(candidate, low, high, seed):
         model(images)
     tokens, added = ((x - x.mean(dim=1, keepdim=True)).std().item() for x in (seen['tokens'], seen['added']))
     assert low < added / tokens < high
+
+
+def test_context_adds_the_neighbours_of_each_token_before_the_attention():
+    attention, _, _ = layer('shares_context')
+    attention.eval()
+    x = torch.randn(3, 16, 128)
+    grid = torch.nn.functional.pad(x.reshape(3, 4, 4, 128), (0, 0, 1, 1, 1, 1))  # around 4 x 4 tokens a row of zeros
+    shifted = torch.stack([
+        grid[:, dy:dy + 4, dx:dx + 4, channel] for channel in range(128) for dy, dx in [divmod(channel % 9, 3)]], dim=-1)
+    expected = layer('shares')[0].eval()(x + shifted.reshape(3, 16, 128))
+    torch.testing.assert_close(attention(x), expected)
+    set_parameter(attention.near, 0.)
+    torch.testing.assert_close(attention(x), layer('shares')[0].eval()(x))

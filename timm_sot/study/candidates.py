@@ -37,6 +37,8 @@ class Candidate(NamedTuple):
     gate: bool = False
     reach: Optional[float] = None
     local: bool = False
+    common: bool = False
+    context: bool = False
 
 
 def _with_control(name: str, about: str, control: str, **parts: Any) -> Dict[str, Candidate]:
@@ -81,6 +83,11 @@ CANDIDATES: Dict[str, Candidate] = {
     'shares_local': Candidate('as plan_local, with shares', 'cosine_local', weights='shares', local=True),
     **_with_control('plan_mass_local', 'as plan_local, each head has a mass of its own', 'cosine_mass_local', factor=20.,
                     mass=16., local=True),
+    **_with_control('plan_common_local', 'as plan_local, and a part that is common to all queries is added',
+                    'cosine_common_local', local=True, common=True),
+    'shares_context': Candidate('as shares, after each channel was convolved on the grid', 'cosine_context',
+                                weights='shares', context=True),
+    'cosine_context': Candidate('control of shares_context', None, weights='softmax', context=True),
     'bias': Candidate("row 4's SOT matrix as a bias on the scores of softmax", 'softmax', scores='dot', factor=1.,
                       weights='bias'),
 }
@@ -112,6 +119,9 @@ class CandidateAttention(SOTAttention):
     local           added to what the weights give: the values convolved on the grid, 3 x 3 and each channel by itself,
                     after CSWin's locally-enhanced positional encoding (https://arxiv.org/abs/2107.00652); channel c
                     starts as the value of neighbour c mod 9
+    common          weights + omega_h softmax_j(c_h.k_j), c_h being learned: what every query gets
+    context         queries, keys and values are those of the tokens plus the tokens convolved as the values are for
+                    `local`, after the positional encoding of CPVT (https://arxiv.org/abs/2102.10882)
     """
 
     def set_candidate(self, candidate: Candidate, grid_size: Optional[Tuple[int, int]]) -> None:
@@ -139,13 +149,18 @@ class CandidateAttention(SOTAttention):
             self.log_mass = per_head(math.log(candidate.mass))
         if candidate.gate:
             self.token_mass = nn.Parameter(weight.new_zeros(self.num_heads, self.head_dim, 1))
-        if (candidate.local or candidate.reach) and grid_size is None:
+        if candidate.common:
+            self.common_key = nn.Parameter(weight.new_zeros(self.num_heads, self.head_dim, 1))
+            self.common = per_head(1.)
+        if (candidate.local or candidate.context or candidate.reach) and grid_size is None:
             raise ValueError('the model has no grid_size, the height and width of its grid of tokens.')
-        if candidate.local:
+        if candidate.local or candidate.context:
             self.grid_size = grid_size
-            channel = torch.arange(self.attn_dim, device=weight.device)
-            neighbour = F.one_hot(channel % 9, 9).to(weight.dtype)
-            self.local = nn.Parameter(neighbour.view(self.attn_dim, 1, 3, 3))
+            channels = self.attn_dim if candidate.local else self.qkv.in_features
+            neighbour = F.one_hot(torch.arange(channels, device=weight.device) % 9, 9).to(weight.dtype)
+            self.near = nn.Parameter(neighbour.view(channels, 1, 3, 3))
+        if candidate.context:  # with `forward` as it is, the layer is one of those of `attention_layers`
+            self.register_forward_pre_hook(lambda layer, args: (args[0] + layer.convolve(args[0]), *args[1:]))
         if candidate.reach:
             self.displacement = RelPosBias(grid_size, self.num_heads, device=weight.device)
             height, width = grid_size
@@ -159,10 +174,14 @@ class CandidateAttention(SOTAttention):
         out = super().attend(q, k, v, *mask)
         if self.candidate.local:
             B, H, N, D = v.shape
-            grid = v.transpose(-2, -1).reshape(B, H * D, *self.grid_size)
-            near = F.conv2d(grid, self.local.to(v.dtype), padding=1, groups=H * D)
-            out = out + near.reshape(B, H, D, N).transpose(-2, -1)
+            near = self.convolve(v.transpose(1, 2).reshape(B, N, H * D))
+            out = out + near.reshape(B, N, H, D).transpose(1, 2)
         return out
+
+    def convolve(self, x: torch.Tensor) -> torch.Tensor:
+        """The tokens convolved on their grid, each channel by itself, (B, N, C) -> (B, N, C)."""
+        grid = x.transpose(1, 2).reshape(x.shape[0], x.shape[2], *self.grid_size)
+        return F.conv2d(grid, self.near.to(x.dtype), padding=1, groups=x.shape[2]).flatten(2).transpose(1, 2)
 
     def attention_weights(
             self,
@@ -216,6 +235,8 @@ class CandidateAttention(SOTAttention):
         if self.candidate.mass:
             log_mass = self.log_mass + q @ self.token_mass if self.candidate.gate else self.log_mass
             weights = weights * log_mass.exp()
+        if self.candidate.common:
+            weights = weights + self.common * (k @ self.common_key).softmax(dim=-2).transpose(-2, -1)
         return weights
 
 
