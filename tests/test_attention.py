@@ -437,6 +437,7 @@ def test_compile_without_graph_breaks(variant, kwargs):
         assert error(actual, value) < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not (shutil.which('g++') or shutil.which('clang++')), reason='inductor needs a C++ compiler')
 def test_compile_unfused_with_inductor():
     """Whose code takes results to be laid out as the fakes of the operators say; K^T goes in transposed."""

@@ -73,6 +73,7 @@ def test_sections(tiny):
     assert 'bfloat16' in report['rows'][0]['case'] and report['about']['quick']
 
 
+@pytest.mark.slow
 def test_what_the_bars_need_comes_first(tiny, monkeypatch):
     """A run may be cut short."""
     def row(**what):

@@ -289,6 +289,7 @@ def test_what_is_kept_does_not_grow_with_the_iterations():
     assert saved_bytes(cpu.MAX_KEPT_ITERS) <= 1.1 * one
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('problem', ['no folder', 'no numba'])
 def test_without_cache_or_numba(problem):
     code = {

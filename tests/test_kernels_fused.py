@@ -96,6 +96,7 @@ def test_rule_leaves_out_what_does_not_fit(monkeypatch, dtype, tokens, width, ho
         assert choose_path(torch.device('cuda'), dtype, tokens, width) == path, kibibytes
 
 
+@pytest.mark.slow
 def test_import_needs_neither_triton_nor_numba():
     """On some machines they do not exist, on others importing them takes long."""
     code = '''
@@ -256,6 +257,7 @@ def test_checkpointing(path, reentrant):
 
 # As an operator
 
+@pytest.mark.slow
 @pytest.mark.parametrize('variant, p', [('sot_q', 0.), ('sot_qkt', 0.3)])
 @pytest.mark.parametrize('path', PATHS)
 def test_opcheck(path, variant, p):
@@ -471,6 +473,7 @@ def test_layer_under_autocast(device, qk_norm, dtype):
     assert error(actual[0], wanted[0]) < 0.2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('backend', ['aot_eager', 'inductor'])
 @pytest.mark.parametrize('p', [0., 0.5])
 @pytest.mark.parametrize('device', DEVICES)
@@ -505,6 +508,7 @@ def test_compile_with_dynamic_shapes(device, fuse):
             assert error(actual, wanted) < 1e-5 or wanted.abs().max() < 1e-6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('fuse', [False, True])
 @pytest.mark.parametrize('strict', [False, True])
 @pytest.mark.parametrize('device', DEVICES)

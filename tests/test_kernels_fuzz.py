@@ -18,6 +18,7 @@ LAYOUTS = {
 }
 
 
+@pytest.mark.slow
 @example('sot_qk', 3, 64, 32, 'float32', 'fused projection', 0.1, 1., 3, 'euclidean', False)
 @given(
     variant=st.sampled_from(VARIANTS),

@@ -312,6 +312,7 @@ def test_threads_change_nothing_in_the_loops(monkeypatch):
     assert all(torch.equal(x, y) for result in results[1:] for x, y in zip(result, results[0]))
 
 
+@pytest.mark.slow
 @needs_loops
 def test_loops_from_the_disk_have_the_same_bits(tmp_path):
     """As those that were just compiled."""

@@ -55,6 +55,7 @@ def test_errors_of_a_thread_are_raised(four_threads):
         share_out(fail, 4, LEAST_WORK)
 
 
+@pytest.mark.slow
 def test_numba_that_does_not_import(tmp_path):
     """All runs in plain torch, compiled too, after one warning that says why."""
     (tmp_path / 'numba.py').write_text("raise ImportError('Numba needs NumPy 1.0 or less')\n")

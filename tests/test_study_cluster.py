@@ -27,6 +27,8 @@ from timm_sot.study.progress import Progress
 from timm_sot.study.runner import TIME_LIMIT, RunsFailed, run_study
 from timm_sot.study.store import KEYS, Run, Store
 
+pytestmark = pytest.mark.slow
+
 ROWS = [('cct_2', {}), ('cct_2_sot_q', dict(sot_iters=2))]
 OF_TWO = Cluster(device='cpu')
 

@@ -183,6 +183,7 @@ def test_other_recipe_in_the_same_folder(folder, tmp_path):
         run(folder, tmp_path, recipe=Recipe(epochs=2, batch_size=12))
 
 
+@pytest.mark.slow
 def test_killed(folder, tmp_path):
     """SIGKILL while training; the same command then ends with the numbers of an undisturbed study."""
     checkpoint = tmp_path / 'checkpoints' / 'cct_2-seed-0-epochs-4.pt'

@@ -20,6 +20,8 @@ from timm.utils import CheckpointSaver, random_seed
 
 import timm_sot  # noqa: F401, as --device-modules timm_sot does, so that the autoload may be off
 
+pytestmark = pytest.mark.slow
+
 SOT_MODELS = [name for name in timm.list_models('cct_2*')]
 CONFIGS = Path(__file__).parents[1] / 'train_configs'
 DEVICE = torch.device('cpu')

@@ -507,6 +507,7 @@ def test_extreme_costs_within_the_promise(distance, reg):
             assert error(out, expected) < (1e-5 if distance == 'euclidean' else 2e-2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('distance', DISTANCES)
 def test_compiled_and_exported(distance):
     def transform(x):

@@ -190,6 +190,7 @@ print(json.dumps(answer))
 '''
 
 
+@pytest.mark.slow
 def test_wheel(tmp_path):
     """Built, installed in an environment of its own, without the repository or the network."""
     pytest.importorskip('hatchling', reason='building a wheel takes hatchling')
