@@ -219,3 +219,10 @@ def test_context_adds_the_neighbours_of_each_token_before_the_attention():
     torch.testing.assert_close(attention(x), expected)
     set_parameter(attention.near, 0.)
     torch.testing.assert_close(attention(x), layer('shares')[0].eval()(x))
+
+
+def test_norm():
+    attention, q, k = layer('shares_norm_local')
+    v = torch.randn(3, 2, 16, 64)
+    plain = layer('shares_local')[0].eval().attend(q, k, v)
+    torch.testing.assert_close(attention.eval().attend(q, k, v), plain / plain.square().mean(-1, keepdim=True).sqrt())

@@ -39,6 +39,7 @@ class Candidate(NamedTuple):
     local: bool = False
     common: bool = False
     context: bool = False
+    norm: bool = False
 
 
 def _with_control(name: str, about: str, control: str, **parts: Any) -> Dict[str, Candidate]:
@@ -85,6 +86,9 @@ CANDIDATES: Dict[str, Candidate] = {
                     mass=16., local=True),
     **_with_control('plan_common_local', 'as plan_local, and a part that is common to all queries is added',
                     'cosine_common_local', local=True, common=True),
+    'shares_norm_local': Candidate('as shares_local, what each head gives is normalized', 'cosine_norm_local',
+                                   weights='shares', local=True, norm=True),
+    'cosine_norm_local': Candidate('control of shares_norm_local', None, weights='softmax', local=True, norm=True),
     'shares_context': Candidate('as shares, after each channel was convolved on the grid', 'cosine_context',
                                 weights='shares', context=True),
     'cosine_context': Candidate('control of shares_context', None, weights='softmax', context=True),
@@ -122,6 +126,7 @@ class CandidateAttention(SOTAttention):
     common          weights + omega_h softmax_j(c_h.k_j), c_h being learned: what every query gets
     context         queries, keys and values are those of the tokens plus the tokens convolved as the values are for
                     `local`, after the positional encoding of CPVT (https://arxiv.org/abs/2102.10882)
+    norm            what a head gives a token is divided by its root mean square
     """
 
     def set_candidate(self, candidate: Candidate, grid_size: Optional[Tuple[int, int]]) -> None:
@@ -176,7 +181,7 @@ class CandidateAttention(SOTAttention):
             B, H, N, D = v.shape
             near = self.convolve(v.transpose(1, 2).reshape(B, N, H * D))
             out = out + near.reshape(B, N, H, D).transpose(1, 2)
-        return out
+        return F.rms_norm(out, out.shape[-1:]) if self.candidate.norm else out
 
     def convolve(self, x: torch.Tensor) -> torch.Tensor:
         """The tokens convolved on their grid, each channel by itself, (B, N, C) -> (B, N, C)."""
