@@ -20,6 +20,10 @@ def make_result(run=RUN, data='images'):
 def test_run_names():
     assert RUN.row == 'cct_2 sot_reg=0.5' and RUN.name == 'cct_2-sot_reg-0.5-seed-3-epochs-2'
     assert Run('a/b', {}, 0, 1).name == 'a-b-seed-0-epochs-1'
+    values = [0.5, -0.5, 1e-05, -1e-05, (8, 4), (-8, 4), (8, -4)]
+    names = [Run('a', {'x': value}, 0, 1).name for value in values]
+    assert len({*names}) == len(values) and names[:3:2] == ['a-x-0.5-seed-0-epochs-1', 'a-x-1e-05-seed-0-epochs-1']
+    assert Run('a', {'x': [-8, 4]}, 0, 1).name == names[5], 'as it comes back from JSON'
 
 
 def test_results(tmp_path):

@@ -51,7 +51,8 @@ class Run(NamedTuple):
     @property
     def name(self) -> str:
         """Fit for a file."""
-        return re.sub(r'[^\w.]+', '-', f'{self.row} seed {self.seed} epochs {self.epochs}')
+        text = re.sub(r'(?<!\w)-(?=[\w.])', 'minus', f'{self.row} seed {self.seed} epochs {self.epochs}')
+        return re.sub(r'[^\w.]+', '-', text)
 
 
 class Store:
