@@ -1,6 +1,7 @@
 """ What a study has done, in a folder """
 import json
 import multiprocessing
+import os
 
 import pytest
 import torch
@@ -127,5 +128,31 @@ def test_in_memory():
 
 def test_unusable_folder(tmp_path):
     (tmp_path / 'file').touch()
-    with pytest.raises(UserError, match='cannot keep results'):
+    with pytest.raises(UserError, match='cannot write to .*file.*choose another folder'):
         Store(str(tmp_path / 'file'))
+
+
+@pytest.mark.parametrize('text', ['{', '[]', '{"lr": 0.1}'])
+def test_settings_that_are_none(tmp_path, text):
+    (tmp_path / 'study.json').write_text(text)
+    with pytest.raises(UserError, match='study.json is not what a study wrote .* choose another folder'):
+        Store(str(tmp_path)).settle({'lr': 0.1, 'first': ('cct_2', {})})
+
+
+@pytest.mark.skipif(not os.path.exists('/dev/full'), reason='needs a device that is full')
+@pytest.mark.parametrize('name', [f'checkpoints/{RUN.name}.pt.tmp', 'results.jsonl'])
+def test_no_room(tmp_path, name):
+    store = Store(str(tmp_path))
+    (tmp_path / name).symlink_to('/dev/full')
+    with pytest.raises(UserError, match=f'cannot write to {tmp_path}.*make room in it: the same command then continues'):
+        store.save(RUN, {'data': 'images', 'epoch': 1})
+        store.finish(RUN, make_result(), {'weight': torch.ones(2)})
+
+
+@pytest.mark.parametrize('name', ['results.lock', f'checkpoints/{RUN.name}.lock', f'checkpoints/{RUN.name}.tmp'])
+def test_a_file_that_cannot_be_made(tmp_path, name):
+    """As in a folder that is read-only."""
+    store = Store(str(tmp_path))
+    (tmp_path / name).mkdir()
+    with pytest.raises(UserError, match='cannot write to'), store.claim(RUN):
+        store.finish(RUN, make_result(), {'weight': torch.ones(2)})

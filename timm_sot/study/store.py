@@ -18,6 +18,7 @@ import warnings
 from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Tuple
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from ..errors import UserError
@@ -62,10 +63,8 @@ class Store:
         self.folder = folder
         self.lines: List[Dict[str, Any]] = []
         if folder:
-            try:
+            with self._writing():
                 os.makedirs(self._path('checkpoints'), exist_ok=True)
-            except OSError as e:
-                raise UserError(f'cannot keep results in {folder}: {e.strerror}') from e
 
     def _path(self, *names: str) -> str:
         return os.path.join(self.folder, *names)
@@ -84,11 +83,13 @@ class Store:
             try:
                 with open(path) as f:
                     old = json.load(f)
+                old['first']
             except FileNotFoundError:
                 write_file(path, json.dumps(settings, indent=2) + '\n')
                 return settings
-            except ValueError as e:
-                raise UserError(f'{path} cannot be read ({e}); choose another folder.') from e
+            except (ValueError, KeyError, TypeError) as e:
+                raise UserError(
+                    f'{path} is not what a study wrote ({type(e).__name__}: {e}); choose another folder.') from e
         differ = [
             key for key in settings if key != 'first' and settings[key] != old.get(key)
             and not (key == 'data' and same_images(settings[key], old.get(key, '')))]
@@ -136,8 +137,9 @@ class Store:
         """Keep the state of a run after an epoch."""
         if self.folder:
             path = self._path('checkpoints', run.name + '.pt')
-            torch.save(checkpoint, path + '.tmp')
-            os.replace(path + '.tmp', path)
+            with self._writing():
+                torch.save(checkpoint, path + '.tmp')
+                os.replace(path + '.tmp', path)
 
     def load(self, run: Run, data: str) -> Optional[Dict[str, Any]]:
         """The state of a run on those images after its last finished epoch, None if there is none."""
@@ -155,8 +157,9 @@ class Store:
         """Keep weights and result of a finished run."""
         if self.folder:
             path = self._path('checkpoints', run.name)
-            save_file({name: tensor.contiguous() for name, tensor in weights.items()}, path + '.tmp')
-            os.replace(path + '.tmp', path + '.safetensors')
+            with self._writing():
+                save_file({name: tensor.contiguous() for name, tensor in weights.items()}, path + '.tmp')
+                os.replace(path + '.tmp', path + '.safetensors')
         self.append(result)
         if self.folder:
             for name in (path + '.pt', path + '.lock'):  # who waits for the lock looks for the result once it has it
@@ -169,7 +172,7 @@ class Store:
         if not self.folder or fcntl is None:
             yield True
             return
-        with open(self._path('checkpoints', run.name + '.lock'), 'w') as f:
+        with self._open('checkpoints', run.name + '.lock') as f:
             try:
                 fcntl.lockf(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
@@ -179,10 +182,23 @@ class Store:
 
     @contextlib.contextmanager
     def _lock(self, name: str) -> Iterator[None]:
-        with open(self._path(name), 'w') as f:
+        with self._writing(), self._open(name) as f:
             if fcntl is not None:
                 fcntl.lockf(f, fcntl.LOCK_EX)
             yield
+
+    def _open(self, *names: str):
+        with self._writing():
+            return open(self._path(*names), 'w')
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, RuntimeError, SafetensorError) as e:  # the last two are what torch and safetensors raise
+            raise UserError(
+                f'cannot write to {self.folder} ({str(e).splitlines()[0]}); choose another folder, or make room in it: '
+                f'the same command then continues.') from e
 
 
 def read_lines(path: str) -> Tuple[List[bytes], List[bytes]]:
