@@ -8,11 +8,16 @@ import time
 import timm_sot
 
 
-def kill_after_an_epoch(arguments, checkpoint):
-    """Run `timm-sot study` and end it by SIGKILL once it has kept an epoch, before it has finished a run."""
+def start(arguments, **options):
+    """Run `timm-sot study`."""
     command = [sys.executable, '-m', 'timm_sot.cli', 'study', *arguments]
     root = os.path.dirname(os.path.dirname(timm_sot.__file__))
-    process = subprocess.Popen(command, env={**os.environ, 'PYTHONPATH': root}, stderr=subprocess.DEVNULL)
+    return subprocess.Popen(command, env={**os.environ, 'PYTHONPATH': root}, **options)
+
+
+def kill_after_an_epoch(arguments, checkpoint):
+    """Run `timm-sot study` and end it by SIGKILL once it has kept an epoch, before it has finished a run."""
+    process = start(arguments, stderr=subprocess.DEVNULL)
     for _ in range(3000):
         if checkpoint.exists() or process.poll() is not None:
             break

@@ -1,11 +1,16 @@
 """ Augmented epochs """
+import multiprocessing
+import os
+import threading
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torchvision.transforms import AutoAugment, AutoAugmentPolicy
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
 from timm_sot.study import augment as module
-from timm_sot.study.augment import Epochs, augment, random_crop, random_flip
+from timm_sot.study.augment import augment, make_epochs, random_crop, random_flip, room_for_epochs
 from timm_sot.study.data import Images
 
 
@@ -84,44 +89,52 @@ def test_autoaugment_keeps_what_its_policy_leaves_alone():
 @pytest.mark.parametrize('workers', [0, 2])
 def test_epochs(small_chunks, workers):
     train = make_images()
-    plan = [(0, 0), (0, 1), (1, 0)]
-    epochs = Epochs(train, ('crop', 'flip'), plan, workers)
-    made = [epochs.get(*pair) for pair in plan]
-    epochs.close()
+    made = [*make_epochs(train, ('crop', 'flip'), 7, range(1, 4), workers)]
+    assert len(made) == 3
     for epoch in made:
         assert epoch.labels.sort().values.tolist() == list(range(10))
     assert not any(torch.equal(a.labels, b.labels) for a, b in [made[:2], made[1:], made[::2]])
     # whoever makes it and whenever
-    for pair, epoch in zip(plan, made):
-        alone = Epochs(train, ('crop', 'flip'), [pair])
-        assert equal(alone.get(*pair), epoch)
+    for number, epoch in enumerate(made, 1):
+        alone, = make_epochs(train, ('crop', 'flip'), 7, [number])
+        assert equal(alone, epoch)
+    other, = make_epochs(train, ('crop', 'flip'), 8, [1])
+    assert not torch.equal(other.labels, made[0].labels)
 
 
 @pytest.mark.parametrize('workers', [0, 1])
 @pytest.mark.parametrize('room', [0, 1, 9])
-def test_epochs_planned_again(small_chunks, workers, room):
-    train = make_images()
-    pairs = [(0, 0), (0, 1), (0, 2)]
-    epochs = Epochs(train, ('crop',), pairs * 2, workers, cache_bytes=room * train.images.nbytes)
-    first = [epochs.get(*pair) for pair in pairs]
-    assert len(epochs.cache) <= room
-    again = [epochs.get(*pair) for pair in pairs]
-    assert all(map(equal, first, again)) and not epochs.cache
-    assert epochs.made == {0: 6, 1: 5, 9: 3}[room]
-    epochs.close()
+def test_epochs_are_kept(small_chunks, workers, room, monkeypatch):
+    train, kept, chunks = make_images(), {}, module._Chunks
+    first = [*make_epochs(train, ('crop',), 0, range(3), workers, kept, room)]
+    assert [*kept] == [*range(min(room, 3))]
+    wanted = []
+    monkeypatch.setattr(module, '_Chunks', lambda *args: wanted.extend(args[-1]) or chunks(*args))
+    again = [*make_epochs(train, ('crop',), 0, range(3), workers, kept, room)]
+    assert all(map(equal, first, again)) and wanted == [*range(min(room, 3), 3)]
 
 
-@pytest.mark.parametrize('workers', [0, 1])
-def test_epochs_left_out_or_not_planned(small_chunks, workers):
-    train = make_images()
-    epochs = Epochs(train, (), [(0, 0), (0, 1), (0, 2), (0, 3)], workers)
-    reference = Epochs(train, (), [])
-    for pair in [(0, 0), (0, 2), (5, 5), (0, 3), (0, 1)]:
-        assert equal(epochs.get(*pair), reference.get(*pair))
+def test_epochs_that_are_not_asked_for(small_chunks):
+    """No process or thread is left."""
+    threads = threading.active_count()
+    epochs = make_epochs(make_images(), ('crop',), 0, range(50), workers=1)
+    next(epochs)
+    assert multiprocessing.active_children()
     epochs.close()
+    assert not multiprocessing.active_children() and threading.active_count() <= threads
+
+
+def test_room_for_epochs(monkeypatch):
+    """A laptop of 4 GiB keeps six epochs of CIFAR-10, a server 55."""
+    train = SimpleNamespace(images=SimpleNamespace(nbytes=50_000 * 3 * 32 * 32))
+    for gigabytes, room in ((4, 6), (16, 27), (512, 55)):
+        monkeypatch.setattr(os, 'sysconf', {'SC_PAGE_SIZE': 4096, 'SC_PHYS_PAGES': gigabytes << 18}.get)
+        assert room_for_epochs(train) == room
+    monkeypatch.delattr(os, 'sysconf')
+    assert room_for_epochs(train) == 55
 
 
 def test_unaugmented_epoch_is_a_permutation():
     train = make_images()
-    epoch = Epochs(train, (), []).get(3, 4)
+    epoch, = make_epochs(train, (), 3, [4])
     assert torch.equal(epoch.images, train.images[epoch.labels])

@@ -24,7 +24,7 @@ from timm_sot.study.data import Images, StudyData
 from timm_sot.study.engine import Recipe
 from timm_sot.study.presets import Study
 from timm_sot.study.progress import Progress
-from timm_sot.study.runner import TIME_LIMIT, RunsFailed, run_study
+from timm_sot.study.runner import TIME_LIMIT, RunsFailed, Setting, run_study
 from timm_sot.study.store import KEYS, Run, Store
 
 pytestmark = pytest.mark.slow
@@ -128,7 +128,7 @@ def test_an_error_in_a_run(two_workers, folder, tmp_path, capsys):
         run(folder, tmp_path, rows=rows)
     assert [result['model'] for result in e.value.results] == ['cct_2', 'cct_2_sot_q']
     assert 'bernoulli_' in capsys.readouterr().err  # with where it happened
-    kept = Store(str(tmp_path)).finished(e.value.results[0]['data'])  # in the order in which they ended
+    kept = Store(str(tmp_path)).finished(e.value.results[0]['data']).values()  # in the order in which they ended
     assert sorted(kept, key=lambda result: result['model']) == e.value.results
 
 
@@ -193,9 +193,9 @@ class StandIn:
         self.options = options
         return lambda function: SimpleNamespace(remote=self._submit)
 
-    def _submit(self, version, images, run, checkpoint, setting):
+    def _submit(self, version, setting, run, checkpoint, place):
         self.submitted.append((run.model, checkpoint and checkpoint['epoch']))
-        self.setting = setting
+        self.place = place
         return self.scripts.pop(0)
 
     def wait(self, streams, timeout):
@@ -230,12 +230,12 @@ def play(stand_in, models=('a',), of=Cluster(), deadline=float('inf'), parallel=
     """Run one run of each model; returns the lines of failures and the models that are finished."""
     images = Images(torch.zeros(4, 3, 8, 8, dtype=torch.uint8), torch.zeros(4, dtype=torch.int64))
     runs = [Run(model, {}, 0, 2) for model in models]
-    store, progress = Store(''), Progress(runs, 0)
+    store, progress = Store(''), Progress(runs)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Cluster, 'connect', lambda self: nullcontext(stand_in))
-        with of.session(('a', {}), StudyData('', images, images, 2), '', recipe(2), store, progress, True,
-                        deadline) as session:
-            failed = session.run(runs, {run.name: None for run in runs}, parallel, workers)
+        setting = Setting(('a', {}), StudyData('', images, images, 2), '', recipe(2))
+        with of.session(setting, store, progress, deadline) as session:
+            failed = session.run(runs, parallel, workers)
     progress.close()
     stand_in.epochs = progress.study.n
     return failed, [result['model'] for result in store.lines]
@@ -303,7 +303,7 @@ def test_shares():
         play(stand_in, of=Cluster('', *args), **kwargs)
         assert stand_in.options['max_retries'] == 0 and stand_in.options['num_returns'] == 'streaming'
         return [stand_in.options[key] for key in ('num_cpus', 'num_gpus')] + [
-            stand_in.setting[key] for key in ('device', 'threads', 'workers')]
+            stand_in.place[key] for key in ('device', 'threads', 'workers')]
 
     assert asked() == [1., 0.1666, 'cuda', 1, 0]  # six of a sixth that is rounded up have no room on one GPU
     assert asked('', 3., parallel=2) == [3., 0.5, 'cuda', 3, 2]
@@ -319,12 +319,13 @@ def test_worker():
     images = Images(torch.zeros(4, 3, 32, 32, dtype=torch.uint8), torch.tensor([0, 1, 0, 1]))
     data = StudyData('', images, images, 2)
     run = Run('cct_2', {}, 0, 2)
-    setting = dict(first=('cct_2', {}), name='these', recipe=recipe(2), graphs=True, device='cpu', threads=2, workers=0)
+    setting = Setting(('cct_2', {}), cluster.to_arrays(data), 'these', recipe(2))
+    place = dict(device='cpu', threads=2, workers=0)
     threads = torch.get_num_threads()
     try:
-        begin, *messages, finish = cluster.train_run(timm_sot.__version__, cluster.to_arrays(data), run, None, setting)
+        begin, *messages, finish = cluster.train_run(timm_sot.__version__, setting, run, None, place)
         (_, checkpoint), = [message for message in messages if message[0] == 'save']
-        again = [*cluster.train_run(timm_sot.__version__, cluster.to_arrays(data), run, checkpoint, setting)]
+        again = [*cluster.train_run(timm_sot.__version__, setting, run, checkpoint, place)]
     finally:
         torch.set_num_threads(threads)
     assert begin == ('begin', 0, 1, f'process {os.getpid()} on {platform.node()}')

@@ -1,18 +1,24 @@
 """ The runs of a study """
 import builtins
+import contextlib
 import json
+import multiprocessing
+import re
 import shutil
+import subprocess
+import time
 
 import pytest
 import timm
 import torch
-from study_process import kill_after_an_epoch
+from study_process import kill_after_an_epoch, start
 
 from timm_sot.study import runner
-from timm_sot.study.engine import Recipe
 from timm_sot.errors import UserError
+from timm_sot.study.data import Images, StudyData
+from timm_sot.study.engine import Recipe
 from timm_sot.study.presets import Study
-from timm_sot.study.store import KEYS
+from timm_sot.study.store import KEYS, Run, Store
 
 DEVICE = torch.device('cpu')
 RECIPE = Recipe(epochs=2, batch_size=10, augment=('crop', 'flip'))
@@ -193,6 +199,104 @@ def test_killed(folder, tmp_path):
     recipe = Recipe(epochs=4, batch_size=10, augment=('crop', 'flip'))
     resumed = run(folder, tmp_path, rows=ROWS[:1], seeds=(0,), recipe=recipe)
     assert numbers(resumed) == numbers(run(folder, rows=ROWS[:1], seeds=(0,), recipe=recipe))
+
+
+def hold(folder, run, data, ready):
+    with Store(folder).claim([run], data) as taken:
+        ready.put(taken)
+        time.sleep(600)
+
+
+@pytest.fixture
+def other_process(folder, tmp_path):
+    """A process that has the run of the first row with seed 0."""
+    run(folder, tmp_path, rows=ROWS[:1], seeds=(9,))
+    settings = json.loads((tmp_path / 'study.json').read_text())
+    context = multiprocessing.get_context('fork')
+    ready = context.SimpleQueue()
+    mine = Run(*ROWS[0], 0, RECIPE.epochs)
+    process = context.Process(target=hold, args=(str(tmp_path), mine, settings['data'], ready))
+    process.start()
+    assert ready.get() == [mine]
+    yield process
+    process.kill()
+    process.join()
+
+
+def test_runs_of_another_process(folder, tmp_path, other_process, capsys):
+    """They are left to it, the others are run, also those of the same seed."""
+    results = run(folder, tmp_path, seeds=(0, 1), parallel=1)
+    assert [(result['model'], result['seed']) for result in results] == [
+        ('cct_2_sot_q', 0), ('cct_2', 1), ('cct_2_sot_q', 1)]
+    assert 'runs left to other processes, which work on them: 1;' in capsys.readouterr().err
+    other_process.kill()
+    other_process.join()
+    assert numbers(run(folder, tmp_path, seeds=(0, 1))) == numbers(run(folder, seeds=(0, 1)))
+
+
+def test_runs_of_a_process_that_is_killed_are_taken(folder, tmp_path, other_process, capsys, monkeypatch):
+    train_epoch, seeds = runner.train_epoch, []
+
+    def kill(trainers, seed, *args, **kwargs):
+        other_process.kill()
+        other_process.join()
+        seeds.append(seed)
+        return train_epoch(trainers, seed, *args, **kwargs)
+
+    monkeypatch.setattr(runner, 'train_epoch', kill)
+    results = run(folder, tmp_path, seeds=(0, 1), parallel=1)
+    assert len(results) == 4 and 'left to' not in capsys.readouterr().err
+    assert seeds == [0, 0, 0, 0, 1, 1, 1, 1], 'the run that was held came second'
+    assert numbers(results) == numbers(run(folder, seeds=(0, 1)))
+
+
+@pytest.mark.slow
+def test_two_processes_share_a_study(folder, tmp_path, capsys):
+    """Each run is one process's, both have some, and the numbers are those of one process."""
+    recipe = Recipe(epochs=4, batch_size=10, augment=('crop', 'flip'))
+    path, seeds = tmp_path / 'results.jsonl', range(8)
+    other = start([
+        '--models', 'cct_2', '--epochs', '4', '--batch-size', '10', '--data-dir', folder, '--device', 'cpu',
+        '--workers', '0', '--parallel', '1', '--seed', *map(str, seeds), '--out', str(tmp_path)],
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    while other.poll() is None and not path.exists():
+        time.sleep(0.02)
+    run(folder, tmp_path, rows=ROWS[:1], seeds=seeds, recipe=recipe, parallel=1)
+    printed = [capsys.readouterr().err, other.communicate()[1]]
+    finished = [re.findall('seed ([0-9]+): top-1', text) for text in printed]
+    assert all(finished) and sorted(map(int, sum(finished, []))) == [*seeds] and other.returncode == 0
+    shared = sorted(map(json.loads, path.read_text().splitlines()), key=lambda result: result['seed'])
+    assert numbers(shared) == numbers(run(folder, rows=ROWS[:1], seeds=seeds, recipe=recipe))
+
+
+def test_epochs_are_made_once_for_a_seed(folder, monkeypatch):
+    asked = []
+    make_epochs = runner.make_epochs
+    monkeypatch.setattr(runner, 'make_epochs', lambda train, augment, seed, epochs, workers, kept, room: (
+        asked.append((seed, len(kept), room > 0)), make_epochs(train, augment, seed, epochs, workers, kept, room))[1])
+    run(folder, seeds=(0, 1), rows=[*ROWS, ('cct_2_sot_qk', {})], parallel=2)
+    assert asked == [(0, 0, True), (0, 2, False), (1, 0, True), (1, 2, False)]
+
+
+def test_time_limit_between_runs(folder, tmp_path, capsys):
+    """Nothing is left to do once all is done."""
+    recipe = Recipe(epochs=1, batch_size=10)
+    assert len(run(folder, tmp_path, rows=ROWS[:1], recipe=recipe, time_limit=0.)) == 1
+    assert 'time limit' not in capsys.readouterr().err
+    assert len(run(folder, tmp_path, seeds=(6,), recipe=recipe, time_limit=0., parallel=1)) == 1
+    assert 'time limit' in capsys.readouterr().err
+
+
+def test_the_device_is_the_current_one(monkeypatch):
+    """Streams, copies and waiting for them are of the same GPU, also where it is not the first."""
+    entered = []
+    monkeypatch.setattr(torch.cuda, 'device', lambda device: entered.append(device) or contextlib.nullcontext())
+    empty = Images(torch.zeros(0, 3, 8, 8, dtype=torch.uint8), torch.zeros(0, dtype=torch.int64))
+    setting = runner.Setting(ROWS[0], StudyData('', empty, empty, 2), '', RECIPE)
+    session = runner.Session(setting, Store(''), None, 0., DEVICE)
+    session.device = torch.device('cuda:1')
+    with session:
+        assert entered == [session.device]
 
 
 def test_table():

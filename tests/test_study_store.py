@@ -29,11 +29,12 @@ def test_run_names():
 
 def test_results(tmp_path):
     store = Store(str(tmp_path / 'new'))
-    assert store.finished('images') == []
+    assert store.finished('images') == {}
     other = make_result(RUN._replace(seed=4))
     for result in (make_result(), other, make_result(data='others')):
         store.append(result)
-    assert Store(str(tmp_path / 'new')).finished('images') == [make_result(), other]
+    finished = Store(str(tmp_path / 'new')).finished('images')
+    assert finished == {RUN.name: make_result(), RUN._replace(seed=4).name: other}
     assert len((tmp_path / 'new' / 'results.jsonl').read_text().splitlines()) == 3
 
 
@@ -46,10 +47,10 @@ def test_corrupt_lines_are_kept_aside(tmp_path):
     path.write_bytes(path.read_bytes() + b'\n'.join(bad))  # the last without its end
     store.append(make_result(RUN._replace(seed=4)))
     with pytest.warns(UserWarning, match='6 unreadable lines'):
-        assert [result['seed'] for result in store.finished('images')] == [3, 4]
+        assert sorted(result['seed'] for result in store.finished('images').values()) == [3, 4]
     assert (tmp_path / 'results.corrupt').read_bytes().splitlines() == bad
     assert len(path.read_text().splitlines()) == 2
-    assert [result['seed'] for result in store.finished('images')] == [3, 4]  # no warning
+    assert sorted(result['seed'] for result in store.finished('images').values()) == [3, 4]  # no warning
 
 
 def append_many(folder, seed):
@@ -65,7 +66,7 @@ def test_two_processes_append(tmp_path):
         process.start()
     for process in processes:
         process.join()
-    assert len({result['seed'] for result in Store(str(tmp_path)).finished('images')}) == 100
+    assert len(Store(str(tmp_path)).finished('images')) == 100
 
 
 def test_checkpoints(tmp_path):
@@ -82,29 +83,59 @@ def test_checkpoints(tmp_path):
     store.finish(RUN, make_result(), {'weight': torch.ones(4, 2).t()})
     assert not path.exists()
     assert load_file(tmp_path / 'checkpoints' / (RUN.name + '.safetensors'))['weight'].shape == (2, 4)
-    assert store.finished('images') == [make_result()]
+    assert store.finished('images') == {RUN.name: make_result()}
 
 
-def try_claims(folder, answers):
-    store = Store(folder)
-    for run in (RUN, RUN._replace(seed=4)):
-        with store.claim(run) as mine:
-            answers.put(mine)
+RUNS = [Run('a', {}, seed, 2) for seed in (0, 0, 1)]
+RUNS[1] = RUNS[1]._replace(model='b')
+
+
+def try_claim(folder, runs, at_most, answers):
+    with Store(folder).claim(runs, 'images', at_most) as taken:
+        answers.put(taken)
 
 
 def test_claims(tmp_path):
     context = multiprocessing.get_context('fork')
 
-    def theirs():
+    def theirs(at_most=None):
         answers = context.SimpleQueue()
-        process = context.Process(target=try_claims, args=(str(tmp_path), answers))
+        process = context.Process(target=try_claim, args=(str(tmp_path), RUNS, at_most, answers))
         process.start()
         process.join()
-        return [answers.get(), answers.get()]
+        return answers.get()
 
-    with Store(str(tmp_path)).claim(RUN) as mine:
-        assert mine and theirs() == [False, True]
-    assert theirs() == [True, True]
+    store = Store(str(tmp_path))
+    with store.claim(RUNS, 'images', 1) as mine:
+        assert mine == RUNS[:1] and theirs() == RUNS[1:] and theirs(2) == RUNS[1:2]
+        store.finish(mine[0], make_result(mine[0]), {})
+        assert theirs() == RUNS[1:], 'what is finished is not taken'
+        with store.claim(RUNS, 'images') as rest:
+            assert rest == RUNS[1:] and theirs() == []
+    assert theirs() == RUNS[1:]
+
+
+def test_a_run_that_is_finished_while_it_is_claimed(tmp_path, monkeypatch):
+    """Another process ends it, and lets it go, between our look at the results and at its lock."""
+    store = Store(str(tmp_path))
+    claim = store._claim
+
+    def late(run):
+        if run == RUNS[0]:
+            store.append(make_result(run))
+        return claim(run)
+
+    monkeypatch.setattr(store, '_claim', late)
+    with store.claim(RUNS, 'images', 1) as taken:
+        assert taken == RUNS[1:2]
+
+
+def test_the_first_line_of_a_run_counts(tmp_path):
+    """As in a report."""
+    store = Store(str(tmp_path))
+    for final in (1, 2):
+        store.append({**make_result(), 'final': final})
+    assert store.finished('images')[RUN.name]['final'] == 1
 
 
 def test_settings(tmp_path):
@@ -118,12 +149,12 @@ def test_settings(tmp_path):
 
 def test_in_memory():
     store = Store('')
-    with store.claim(RUN) as mine:
-        assert mine and store.settle({'lr': 1}) == {'lr': 1}
+    with store.claim([RUN], 'images') as mine:
+        assert mine == [RUN] and store.settle({'lr': 1}) == {'lr': 1}
         store.save(RUN, {})
         assert store.load(RUN, 'images') is None
         store.finish(RUN, make_result(), {})
-    assert store.finished('images') == [make_result()]
+    assert store.finished('images') == {RUN.name: make_result()}
 
 
 def test_unusable_folder(tmp_path):
@@ -144,7 +175,7 @@ def test_settings_that_are_none(tmp_path, text):
 def test_no_room(tmp_path, name):
     store = Store(str(tmp_path))
     (tmp_path / name).symlink_to('/dev/full')
-    with pytest.raises(UserError, match=f'cannot write to {tmp_path}.*make room in it: the same command then continues'):
+    with pytest.raises(UserError, match=f'cannot write to {tmp_path}.*make room in it: the same command'):
         store.save(RUN, {'data': 'images', 'epoch': 1})
         store.finish(RUN, make_result(), {'weight': torch.ones(2)})
 
@@ -154,5 +185,5 @@ def test_a_file_that_cannot_be_made(tmp_path, name):
     """As in a folder that is read-only."""
     store = Store(str(tmp_path))
     (tmp_path / name).mkdir()
-    with pytest.raises(UserError, match='cannot write to'), store.claim(RUN):
+    with pytest.raises(UserError, match='cannot write to'), store.claim([RUN], 'images'):
         store.finish(RUN, make_result(), {'weight': torch.ones(2)})

@@ -4,11 +4,12 @@ An epoch is made once, in the order in which it will be trained on, and serves e
 make it ahead of need, in chunks; what a chunk holds depends on seed, epoch and its place alone.
 """
 import math
+import os
 import shutil
-from collections import Counter
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import lru_cache, partial
-from typing import Dict, Iterator, Optional, Sequence, Tuple
+from typing import Dict, Iterator, Optional, Sequence
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ from torchvision.transforms import AutoAugment, AutoAugmentPolicy
 
 from .data import Images
 
-__all__ = ['AUGMENTATIONS', 'Epochs', 'augment', 'epoch_seed']
+__all__ = ['AUGMENTATIONS', 'augment', 'epoch_seed', 'make_epochs', 'room_for_epochs']
 
 CHUNK = 1000  # images
 AHEAD = 3  # epochs that may lie ready
@@ -84,122 +85,88 @@ def epoch_seed(seed: int, epoch: int) -> int:
 
 
 class _Chunks(Dataset):
-    """The chunks of the epochs `wanted`, one after another."""
+    """The chunks of epochs of a seed, one after another."""
 
-    def __init__(self, train: Images, augmentations: Sequence[str], wanted: Sequence[Tuple[int, int]]):
+    def __init__(self, train: Images, augmentations: Sequence[str], seed: int, epochs: Sequence[int]):
         self.train = train
         self.augmentations = augmentations
-        self.wanted = wanted
+        self.seeds = [epoch_seed(seed, epoch) for epoch in epochs]
         self.per_epoch = -(-len(train.labels) // CHUNK)
 
     def __len__(self) -> int:
-        return len(self.wanted) * self.per_epoch
+        return len(self.seeds) * self.per_epoch
 
     def __getitem__(self, i: int) -> Images:
-        (seed, epoch), chunk = self.wanted[i // self.per_epoch], i % self.per_epoch
-        generator = torch.Generator().manual_seed(epoch_seed(seed, epoch))
-        order = torch.randperm(len(self.train.labels), generator=generator)
+        seed, chunk = self.seeds[i // self.per_epoch], i % self.per_epoch
+        order = torch.randperm(len(self.train.labels), generator=torch.Generator().manual_seed(seed))
         images, labels = self.train.select(order[chunk * CHUNK:(chunk + 1) * CHUNK])
-        return Images(augment(images, self.augmentations, epoch_seed(seed, epoch) * 1009 + chunk), labels)
+        return Images(augment(images, self.augmentations, seed * 1009 + chunk), labels)
 
 
-class Epochs:
-    """The shuffled, augmented epochs of a study, to be asked for in the planned order.
+def make_epochs(
+        train: Images,
+        augmentations: Sequence[str],
+        seed: int,
+        epochs: Sequence[int],
+        workers: int = 0,
+        kept: Optional[Dict[int, Images]] = None,
+        room: int = 0,
+) -> Iterator[Images]:
+    """Make shuffled, augmented epochs of a seed, one after another; to be closed where not all are asked for.
 
-    An epoch that is planned again is kept in memory, as far as `cache_bytes` allows, or made anew.
+    Args:
+        train: Images to augment.
+        augmentations: Keys of `AUGMENTATIONS`, in the order of their application.
+        seed: Seed of the epochs.
+        epochs: Which, in this order.
+        workers: Number of processes, 0 to work in this one.
+        kept: Epochs of that seed that were made before, by number; those made now are added.
+        room: Number of epochs in `kept` from which on no more are added.
+
+    Yields:
+        The images of an epoch in the order of training.
     """
+    kept = {} if kept is None else kept
+    chunks = _Chunks(train, augmentations, seed, [epoch for epoch in epochs if epoch not in kept])
+    workers = min(workers, len(chunks))
+    options = {}
+    if workers:
+        ahead = min(AHEAD * chunks.per_epoch, shared_memory() / 2 // (CHUNK * train.images[0].nbytes))
+        options = dict(num_workers=workers, prefetch_factor=max(1, int(ahead // workers)))
+    made = iter(DataLoader(chunks, batch_size=None, **options))
 
-    def __init__(
-            self,
-            train: Images,
-            augmentations: Sequence[str],
-            plan: Sequence[Tuple[int, int]],
-            workers: int = 0,
-            cache_bytes: int = 8 << 30,
-    ):
-        """Initialize the epochs and start the workers.
-
-        Args:
-            train: Images to augment.
-            augmentations: Keys of `AUGMENTATIONS`, in the order of their application.
-            plan: The (seed, epoch) pairs that will be asked for, in this order; some may be left out.
-            workers: Number of processes, 0 to work in this one.
-            cache_bytes: Memory for epochs that are planned more than once.
-        """
-        self.train = train
-        self.augmentations = augmentations
-        self.plan = list(plan)
-        self.uses = Counter(plan)
-        self.cache: Dict[Tuple[int, int], Images] = {}
-        # the first of a kind are cached until the room is taken, the others are made as often as they are planned
-        room = cache_bytes // max(1, train.images.nbytes)
-        self.cached = set([pair for pair in dict.fromkeys(plan) if self.uses[pair] > 1][:room])
-        self.wanted, seen = [], set()
-        for pair in plan:
-            if pair not in seen or pair not in self.cached:
-                self.wanted.append(pair)
-            seen.add(pair)
-        self.made = 0
-        chunks = _Chunks(train, augmentations, self.wanted)
-        self.per_epoch = chunks.per_epoch
-        workers = min(workers, len(chunks))
-        options = {}
-        if workers:
-            ahead = min(AHEAD * chunks.per_epoch, shared_memory() / 2 // (CHUNK * train.images[0].nbytes))
-            options = dict(num_workers=workers, prefetch_factor=max(1, int(ahead // workers)))
-        self.chunks: Iterator[Images] = iter(DataLoader(chunks, batch_size=None, **options))
-        # puts the chunks of the next epoch together while one is trained on
-        self.thread = ThreadPoolExecutor(1) if workers else None
-        self.coming: Optional[Tuple[Tuple[int, int], Future]] = None
-
-    def get(self, seed: int, epoch: int) -> Images:
-        """The images of an epoch in the order of training."""
-        pair = (seed, epoch)
-        made = None
-        if self.coming is not None:
-            ready, future = self.coming
-            self.coming = None
-            made = future.result()  # also where it is not the one: the workers' chunks come in order
-            made = made if ready == pair else None
-        if made is None:
-            made = self._make(pair)
-        if pair in self.plan:
-            del self.plan[:self.plan.index(pair) + 1]
-        if self.thread is not None and self.plan:
-            self.coming = self.plan[0], self.thread.submit(self._make, self.plan[0])
-        return made
-
-    def close(self) -> None:
-        """Stop working ahead."""
-        if self.thread is not None:
-            self.thread.shutdown(cancel_futures=True)
-        self.chunks = iter(())
-
-    def _make(self, pair: Tuple[int, int]) -> Images:
-        """An epoch from the cache, from the workers, or, where it was not planned, from here."""
-        if pair not in self.cache:
-            try:
-                skip = self.wanted.index(pair, self.made) - self.made
-            except ValueError:
-                chunks = _Chunks(self.train, self.augmentations, [pair])
-                return self._collect(chunks[i] for i in range(self.per_epoch))
-            for _ in range(skip * self.per_epoch):
-                next(self.chunks)
-            self.made += skip + 1
-            made = self._collect(self.chunks)
-            if pair not in self.cached:
-                return made
-            self.cache[pair] = made
-        self.uses[pair] -= 1
-        return self.cache[pair] if self.uses[pair] > 0 else self.cache.pop(pair)
-
-    def _collect(self, chunks: Iterator[Images]) -> Images:
-        """One epoch from its chunks, which workers hand over in shared memory."""
-        images, labels = torch.empty_like(self.train.images), torch.empty_like(self.train.labels)
-        for i in range(self.per_epoch):
+    def make(epoch: int) -> Images:
+        if epoch in kept:
+            return kept[epoch]
+        images, labels = torch.empty_like(train.images), torch.empty_like(train.labels)
+        for i in range(chunks.per_epoch):  # workers hand them over in shared memory
             part = slice(i * CHUNK, (i + 1) * CHUNK)
-            images[part], labels[part] = next(chunks)
+            images[part], labels[part] = next(made)
+        if len(kept) < room:
+            kept[epoch] = Images(images, labels)
         return Images(images, labels)
+
+    if not workers:  # nor a thread: the random state is that of the process
+        yield from map(make, epochs)
+        return
+    pool = ThreadPoolExecutor(1)  # puts the chunks of the next epoch together while one is trained on
+    try:
+        coming = pool.submit(make, epochs[0])
+        for after in [*epochs[1:], None]:
+            ready = coming.result()
+            if after is not None:
+                coming = pool.submit(make, after)
+            yield ready
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def room_for_epochs(train: Images) -> int:
+    """How many epochs to keep in memory: what fits into a quarter of it, and into 8 GiB."""
+    memory = 8 << 30
+    with suppress(AttributeError, ValueError, OSError):  # a system that does not tell
+        memory = min(memory, os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') // 4)
+    return memory // max(1, train.images.nbytes)
 
 
 def shared_memory() -> float:

@@ -16,18 +16,16 @@ import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, redirect_stdout, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Dict, Iterator, List, Optional, Sequence, Set, Tuple
 
 import torch
 
 from .. import __version__
 from .data import Images, StudyData
-from .engine import Recipe
 from ..errors import UserError, missing_extra
-from .presets import Row
 from .progress import Progress
-from .runner import TIME_LIMIT, Session, resolve_device
+from .runner import TIME_LIMIT, Session, Setting, left_to_others, resolve_device
 from .store import Run, Store
 
 __all__ = ['Cluster']
@@ -99,21 +97,9 @@ class Task:
 class ClusterSession:
     """What `runner.Session` is for this process, for a cluster; a context, inside which Ray is there."""
 
-    def __init__(
-            self,
-            cluster: Cluster,
-            first: Row,
-            data: StudyData,
-            name: str,
-            recipe: Recipe,
-            store: Store,
-            progress: Progress,
-            graphs: bool,
-            deadline: float,
-    ):
+    def __init__(self, cluster: Cluster, setting: Setting, store: Store, progress: Progress, deadline: float):
         """Initialize the session; the arguments are those of `runner.Session`, of which only workers have a device."""
-        self.cluster, self.data = cluster, data
-        self.setting = dict(first=first, name=name, recipe=recipe, graphs=graphs)
+        self.cluster, self.setting = cluster, setting
         self.store, self.progress, self.deadline = store, progress, deadline
         self.tasks: List[Task] = []
         self.failed: List[str] = []
@@ -129,18 +115,11 @@ class ClusterSession:
         self._stop(self.tasks)
         self.stack.close()
 
-    def run(
-            self,
-            runs: Sequence[Run],
-            checkpoints: Dict[str, Optional[Dict[str, Any]]],
-            parallel: int,
-            workers: Optional[int],
-    ) -> List[str]:
-        """Run all `runs` from their checkpoints, or until the deadline.
+    def run(self, runs: Sequence[Run], parallel: int, workers: Optional[int]) -> List[str]:
+        """Run those of `runs` that no other process has, until the deadline.
 
         Args:
-            runs: What to run; Ray starts them in this order, seed by seed.
-            checkpoints: After the last finished epoch, by the names of the runs.
+            runs: What to run; Ray starts them seed by seed.
             parallel: Runs that share a GPU, unless the cluster's `gpus` says it.
             workers: Processes of each run that augment, None for one less than it has CPUs.
 
@@ -158,14 +137,17 @@ class ClusterSession:
             raise UserError(
                 f'no machine of the Ray cluster has {self._needs()} for a run; add one that has, or ask for less with '
                 f'--cpus-per-run, --gpus-per-run or --device cpu.')
-        self.setting.update(
+        self.place = dict(
             device=device, threads=max(1, int(cpus)), workers=max(0, int(cpus) - 1) if workers is None else workers)
         # Ray itself would begin a lost task anew, we go on from its last checkpoint
         self.remote = ray.remote(
             num_returns='streaming', max_retries=0, num_cpus=cpus, num_gpus=self.needs['GPU'])(train_run)
-        self.images = ray.put(to_arrays(self.data))
-        for run in sorted(runs, key=lambda run: run.seed):
-            self.tasks.append(Task(run, checkpoints.pop(run.name)))
+        self.sent = ray.put(replace(self.setting, data=to_arrays(self.setting.data)))
+        taken = self.stack.enter_context(self.store.claim(runs, self.setting.name))
+        if len(taken) < len(runs):
+            self.progress.write(left_to_others(len(runs) - len(taken)))
+        for run in sorted(taken, key=lambda run: run.seed):
+            self.tasks.append(Task(run, self.store.load(run, self.setting.name)))
             self._submit(self.tasks[-1])
         while self.tasks:
             ready, _ = ray.wait([task.stream for task in self.tasks], timeout=1.)
@@ -177,7 +159,7 @@ class ClusterSession:
 
     def _submit(self, task: Task) -> None:
         task.worker = ''
-        task.stream = self.remote.remote(__version__, self.images, task.run, task.checkpoint, self.setting)
+        task.stream = self.remote.remote(__version__, self.sent, task.run, task.checkpoint, self.place)
 
     def _receive(self, task: Task) -> None:
         """Take the next message of a task, which is there."""
@@ -281,7 +263,7 @@ class ClusterSession:
 
 
 class Link:
-    """A store and progress bars to `runner.Session`: sends what these are told."""
+    """A store and progress bars to `Session.run_group`: sends what these are told."""
 
     def __init__(self):
         self.messages: queue.SimpleQueue = queue.SimpleQueue()
@@ -317,12 +299,20 @@ class Link:
 
 def train_run(
         version: str,
-        images: StudyData,
+        setting: Setting,
         run: Run,
         checkpoint: Optional[Dict[str, Any]],
-        setting: Dict[str, Any],
+        place: Dict[str, Any],
 ) -> Iterator[Tuple[Any, ...]]:
-    """The task of a worker: train, in a thread, and hand on the messages of a `Link`."""
+    """The task of a worker: train, in a thread, and hand on the messages of a `Link`.
+
+    Args:
+        version: That of timm_sot where the command is.
+        setting: With arrays for tensors.
+        run: What to run.
+        checkpoint: After its last finished epoch.
+        place: Its `device`, and numbers of `threads` and augmenting `workers`.
+    """
     link = Link()
 
     def train():
@@ -330,14 +320,13 @@ def train_run(
             if version != __version__:
                 raise UserError(f'timm-sot is {__version__} there and {version} here; install one version on all '
                                 f'machines.')
-            torch.set_num_threads(setting['threads'])
-            session = Session(
-                setting['first'], to_tensors(images), setting['name'], setting['recipe'], link, link, setting['graphs'],
-                math.inf, resolve_device(setting['device']))
+            torch.set_num_threads(place['threads'])
+            own = replace(setting, data=to_tensors(setting.data))
+            session = Session(own, link, link, math.inf, resolve_device(place['device']))
             with session, warnings.catch_warnings():
                 warnings.showwarning = lambda message, category, *args: link.send(
                     'warning', f'{platform.node()}: {category.__name__}: {message}')
-                session.run([run], {run.name: checkpoint}, 1, setting['workers'])
+                session.run_group([run], [checkpoint], place['workers'])
         except UserError as e:
             raise UserError(f'Ray worker on {platform.node()}: {e}') from e
         finally:

@@ -1,6 +1,6 @@
 """ Progress bars: one for a study, and one for each of its runs in progress """
 import sys
-from typing import Any, Dict, Sequence, Tuple
+from typing import Any, Dict, Sequence, Set, Tuple
 
 from .store import Run
 
@@ -10,24 +10,22 @@ __all__ = ['Progress']
 class Progress:
     """The bars, on stderr; those of runs only on a terminal."""
 
-    def __init__(self, runs: Sequence[Run], epochs: int):
-        """Initialize the bars.
-
-        Args:
-            runs: The runs to come.
-            epochs: How many of their epochs are done.
-        """
+    def __init__(self, runs: Sequence[Run]):
+        """Initialize the bars for the runs to come."""
         from tqdm import tqdm
 
         self.tqdm = tqdm
         self.width = max(len(run.row) for run in runs)
         self.study = tqdm(
-            total=sum(run.epochs for run in runs), initial=epochs, desc='study', unit='epoch',
+            total=sum(run.epochs for run in runs), desc='study', unit='epoch',
             mininterval=0.5 if sys.stderr.isatty() else 10.)
         self.bars: Dict[str, Tuple[int, Any]] = {}  # line and bar of a run
+        self.begun: Set[str] = set()
 
     def begin(self, run: Run, epoch: int, steps: int) -> None:
         """A run begins, or continues, at an epoch, in epochs of so many steps."""
+        if run.name not in self.begun:
+            self._found(run, epoch)
         self.leave(run)
         taken = {line for line, _ in self.bars.values()}
         line = next(line for line in range(1, len(taken) + 2) if line not in taken)
@@ -44,6 +42,20 @@ class Progress:
         """A run has finished an epoch."""
         self.bars[run.name][1].set_postfix({'top-1': f'{top1:.2f}'})
         self.study.update()
+
+    def elsewhere(self, run: Run) -> None:
+        """A run has been finished by another process."""
+        if run.name not in self.begun:
+            self._found(run, run.epochs)
+
+    def _found(self, run: Run, epochs: int) -> None:
+        """So many epochs were done, which say nothing about how fast we are."""
+        self.begun.add(run.name)
+        if epochs:
+            self.study.initial += epochs
+            self.study.n += epochs
+            self.study.last_print_n += epochs
+            self.study.refresh()
 
     def done(self, run: Run, result: Dict[str, Any]) -> None:
         """A run is finished, with that result."""

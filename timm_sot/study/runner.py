@@ -5,10 +5,9 @@ import os
 import platform
 import statistics
 import subprocess
-import sys
 import time
 import warnings
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Dict, List, Optional, Sequence, Tuple
 
@@ -18,7 +17,7 @@ from timm.layers import to_2tuple
 from torch import nn
 
 from .. import __version__
-from .augment import Epochs
+from .augment import make_epochs, room_for_epochs
 from .candidates import apply_candidate
 from .coupled import capturable
 from .data import Images, StudyData, fingerprint, load_data, subset
@@ -31,7 +30,8 @@ from .store import Run, Store
 if TYPE_CHECKING:
     from .cluster import Cluster
 
-__all__ = ['RunsFailed', 'Session', 'build_model', 'format_table', 'input_size', 'resolve_device', 'run_study']
+__all__ = [
+    'RunsFailed', 'Session', 'Setting', 'build_model', 'format_table', 'input_size', 'resolve_device', 'run_study']
 
 TIME_LIMIT = 'time limit: stopped after a finished epoch, the same command continues'
 
@@ -126,14 +126,15 @@ def run_study(
     """Train every row of a study with every seed.
 
     For one seed every model sees the same batches and augmentations and starts from the same values in the parameters
-    that it shares with the first row.
+    that it shares with the first row. Of several processes on one folder each takes what the others have not taken.
 
     Args:
         study: What to train on what.
         recipe: How to train.
         device: Where to train; of no account with `cluster`, which says it itself.
         out: Folder to keep results and checkpoints in and to continue from, '' for none.
-        parallel: Runs of one seed that advance together, on a GPU at once; with `cluster` runs that share a GPU.
+        parallel: Runs of one seed that are taken and advance together, on a GPU at once; with `cluster` runs that share
+            a GPU.
         workers: Processes that augment, None for one less than there are cores; with `cluster` for each run.
         graphs: Use CUDA graphs on a GPU.
         time_limit: Seconds after which to stop, at the end of an epoch that is expected to be the last in time.
@@ -168,23 +169,17 @@ def run_study(
     model, kwargs = store.settle(settings)['first']
     first = model, kwargs
 
+    setting = Setting(first, data, name, recipe, graphs)
+
     runs = [Run(model, kwargs, seed, recipe.epochs) for seed in seeds for model, kwargs in rows]
+    done = store.finished(name)
+    pending = [run for run in runs if run.name not in done]
     failed: List[str] = []
-    with contextlib.ExitStack() as stack:
-        claimed = [run for run in runs if stack.enter_context(store.claim(run))]  # others are another process's
-        done = by_name(store.finished(name))
-        pending = [run for run in claimed if run.name not in done]
-        elsewhere = sum(run not in claimed and run.name not in done for run in runs)
-        if elsewhere:
-            print(f'{elsewhere} runs are left to another process, which works on them', file=sys.stderr)
-        if pending:
-            checkpoints = {run.name: store.load(run, name) for run in pending}
-            progress = Progress(pending, sum(checkpoint['epoch'] for checkpoint in checkpoints.values() if checkpoint))
-            stack.enter_context(contextlib.closing(progress))
-            make = partial(Session, device=device) if cluster is None else cluster.session
-            session = stack.enter_context(make(first, data, name, recipe, store, progress, graphs, deadline))
-            failed = session.run(pending, checkpoints, parallel, workers)
-    done = by_name(store.finished(name))
+    if pending:
+        make = partial(Session, device=device) if cluster is None else cluster.session
+        with contextlib.closing(Progress(pending)) as progress, make(setting, store, progress, deadline) as session:
+            failed = session.run(pending, parallel, workers)
+        done = store.finished(name)
     results = [done[run.name] for run in runs if run.name in done]
     if failed:
         raise RunsFailed(f'{len(failed)} of {len(runs)} runs failed, the same command tries them again: '
@@ -197,99 +192,114 @@ def augmenters(workers: Optional[int]) -> int:
     return max(1, (os.cpu_count() or 1) - 1) if workers is None else workers
 
 
-def by_name(results: Sequence[Dict[str, Any]]) -> Dict[str, Dict[str, Any]]:
-    """Results by the names of their runs."""
-    return {Run(*(result[key] for key in Run._fields)).name: result for result in results}
+def left_to_others(count: int) -> str:
+    """What to say of runs that other processes have."""
+    return f'runs left to other processes, which work on them: {count}; the same command then shows them all'
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What the runs of a study have in common, wherever they train."""
+    first: Row  # gives the others their initial values
+    data: StudyData  # to train and test on
+    name: str  # fingerprint of the data
+    recipe: Recipe
+    graphs: bool = True  # use CUDA graphs on a GPU
 
 
 class Session:
-    """What the pending runs of a study have in common where they train; a context."""
+    """The runs of a study in this process; a context."""
 
-    def __init__(
-            self,
-            first: Row,
-            data: StudyData,
-            name: str,
-            recipe: Recipe,
-            store: Store,
-            progress: Progress,
-            graphs: bool,
-            deadline: float,
-            device: torch.device,
-    ):
+    def __init__(self, setting: Setting, store: Store, progress: Progress, deadline: float, device: torch.device):
         """Initialize the session.
 
         Args:
-            first: The row that gives the others their initial values.
-            data: What to train and test on.
-            name: Fingerprint of the data.
-            recipe: How to train.
-            store: Takes checkpoints and results; only `save` and `finish` are called.
+            setting: What the runs have in common.
+            store: Says which runs are to be done, and takes checkpoints and results.
             progress: Is told what happens.
-            graphs: Use CUDA graphs on a GPU.
             deadline: When to stop, on the clock of `time.monotonic`.
             device: Where to train.
         """
-        self.first, self.data, self.recipe, self.device = first, data, recipe, device
-        self.store, self.progress, self.graphs, self.deadline = store, progress, graphs, deadline
-        self.name = name
-        self.about = {'device': device_name(device, recipe), 'versions': versions(), 'commit': commit()}
-        self.epoch = Images(*(torch.zeros_like(tensor, device=device) for tensor in data.train))
-        self.test = data.test.to(device)
+        self.setting, self.store, self.progress = setting, store, progress
+        self.deadline, self.device = deadline, device
+        self.about = {'device': device_name(device, setting.recipe), 'versions': versions(), 'commit': commit()}
+        self.epoch = Images(*(torch.zeros_like(tensor, device=device) for tensor in setting.data.train))
+        self.test = setting.data.test.to(device)
         self.trainers: Dict[str, Trainer] = {}
+        self.kept: Tuple[int, Dict[int, Images]] = (0, {})  # a seed and the epochs of it that are in memory
+        self.duration = float('-inf')  # of an epoch
         self.stack = contextlib.ExitStack()
 
     def __enter__(self) -> 'Session':
         if self.device.type == 'cuda':
+            self.stack.enter_context(torch.cuda.device(self.device))
             self.stack.enter_context(capturable())
-        set_precision(self.recipe.precision)
+        set_precision(self.setting.recipe.precision)
         return self
 
     def __exit__(self, *exception) -> None:
         self.stack.close()
 
-    def run(
-            self,
-            runs: Sequence[Run],
-            checkpoints: Dict[str, Optional[Dict[str, Any]]],
-            parallel: int,
-            workers: Optional[int],
-    ) -> List[str]:
-        """Run all `runs` from their checkpoints, at most `parallel` of a seed side by side, or until the deadline.
+    def run(self, runs: Sequence[Run], parallel: int, workers: Optional[int]) -> List[str]:
+        """Run those of `runs` that no other process has, until the deadline.
+
+        They are taken seed by seed, at most `parallel` at once, which advance side by side. What another process has
+        taken and not finished when it ends is taken, too.
 
         Returns:
             A line for each run that failed, of which there are none here: an error ends the study.
         """
         runs = sorted(runs, key=lambda run: run.seed)  # stable: rows stay in order
-        groups = []
-        for run in runs:
-            if not groups or groups[-1][0].seed != run.seed or len(groups[-1]) == parallel:
-                groups.append([])
-            groups[-1].append(run)
-        starts = {name: checkpoint['epoch'] if checkpoint else 0 for name, checkpoint in checkpoints.items()}
-        plan = [
-            (group[0].seed, epoch) for group in groups
-            for epoch in range(min(starts[run.name] for run in group), self.recipe.epochs)]
-        self.epochs = self.stack.enter_context(
-            contextlib.closing(Epochs(self.data.train, self.recipe.augment, plan, augmenters(workers))))
+        while True:
+            with self.store.claim(runs, self.setting.name, parallel) as group:
+                done = self.store.finished(self.setting.name)
+                for run in runs:
+                    if run.name in done:
+                        self.progress.elsewhere(run)
+                runs = [run for run in runs if run.name not in done]
+                if not group:
+                    if runs:
+                        self.progress.write(left_to_others(len(runs)))
+                    return []
+                if self._is_late():
+                    return []
+                rows = {run.row for run in runs}
+                self.trainers = {row: trainer for row, trainer in self.trainers.items() if row in rows}
+                checkpoints = [self.store.load(run, self.setting.name) for run in group]
+                more = any(run.seed == group[0].seed and run not in group for run in runs)
+                if not self.run_group(group, checkpoints, workers, more):
+                    return []
 
-        last = {run.row: i for i, group in enumerate(groups) for run in group}  # group of its last run
-        for i, group in enumerate(groups):
-            if not self._run_group(group, [checkpoints.pop(run.name) for run in group]):
-                break
-            self.trainers = {row: trainer for row, trainer in self.trainers.items() if last[row] > i}
-        return []
+    def _is_late(self) -> bool:
+        """Whether an epoch more would end after the deadline; if so, it is said."""
+        late = time.monotonic() + 1.2 * self.duration > self.deadline
+        if late:
+            self.progress.write(TIME_LIMIT)
+        return late
 
-    def _run_group(
+    def run_group(
             self,
             group: Sequence[Run],
             checkpoints: Sequence[Optional[Dict[str, Any]]],
+            workers: Optional[int],
+            more: bool = False,
     ) -> bool:
-        """Run the runs of a group from where they are to the end; False if the deadline came before it."""
+        """Run the runs of a group from where they are to the end.
+
+        Args:
+            group: Runs of one seed.
+            checkpoints: After the last finished epoch of each.
+            workers: Processes that augment, None for one less than there are cores.
+            more: Whether other runs of the seed may come, for which its epochs are kept.
+
+        Returns:
+            False if the deadline came before the end.
+        """
+        seed, setting = group[0].seed, self.setting
         records, trainers = [], []
         for run, checkpoint in zip(group, checkpoints):
             trainer = self._trainer(run)
-            trainer.reset(initial_state((run.model, run.kwargs), self.first, self.data.num_classes, run.seed))
+            trainer.reset(initial_state((run.model, run.kwargs), setting.first, setting.data.num_classes, seed))
             if checkpoint is not None:
                 trainer.load_state(checkpoint['state'])
             trainers.append(trainer)
@@ -299,45 +309,53 @@ class Session:
                 records[-1]['about'].append(self.about)
             self.progress.begin(run, records[-1]['epoch'], len(trainer.train_sizes))
 
-        begin = time.monotonic()
-        for epoch in range(min(record['epoch'] for record in records), self.recipe.epochs):
-            active = [i for i, record in enumerate(records) if record['epoch'] == epoch]
-            for mine, made in zip(self.epoch, self.epochs.get(group[0].seed, epoch)):
-                mine.copy_(made)
-            results = train_epoch(
-                [trainers[i] for i in active], group[0].seed, epoch,
-                on_step=lambda k: self.progress.step(group[active[k]]))
-            for i, (top1, loss, seconds) in zip(active, results):
-                record = records[i]
-                record['epoch'] += 1
-                record['top1'].append(round(top1, 4))
-                record['loss'].append(round(loss, 6))
-                record['seconds'] = round(record['seconds'] + seconds, 3)
-                self.progress.epoch(group[i], top1)
-                self._keep(group[i], record, trainers[i])
-            begin, duration = time.monotonic(), time.monotonic() - begin
-            if begin + 1.2 * duration > self.deadline:
-                self.progress.write(TIME_LIMIT)
-                return False
+        if self.kept[0] != seed:
+            self.kept = seed, {}
+        epochs = range(min(record['epoch'] for record in records), setting.recipe.epochs)
+        train = setting.data.train
+        with contextlib.closing(make_epochs(
+                train, setting.recipe.augment, seed, epochs, augmenters(workers), self.kept[1],
+                room_for_epochs(train) if more else 0)) as made:
+            for epoch in epochs:
+                begin = time.monotonic()
+                active = [i for i, record in enumerate(records) if record['epoch'] == epoch]
+                for mine, images in zip(self.epoch, next(made)):
+                    mine.copy_(images)
+                results = train_epoch(
+                    [trainers[i] for i in active], seed, epoch,
+                    on_step=lambda k: self.progress.step(group[active[k]]))
+                for i, (top1, loss, seconds) in zip(active, results):
+                    record = records[i]
+                    record['epoch'] += 1
+                    record['top1'].append(round(top1, 4))
+                    record['loss'].append(round(loss, 6))
+                    record['seconds'] = round(record['seconds'] + seconds, 3)
+                    self.progress.epoch(group[i], top1)
+                    self._keep(group[i], record, trainers[i])
+                self.duration = time.monotonic() - begin
+                if epoch + 1 < setting.recipe.epochs and self._is_late():
+                    return False
         return True
 
     def _trainer(self, run: Run) -> Trainer:
         """The trainer of the run's model, built when it is first needed."""
         if run.row not in self.trainers:
-            model = build_model((run.model, run.kwargs), self.data.num_classes, run.seed)
-            self.trainers[run.row] = Trainer(model, self.recipe, self.epoch, self.test, self.device, self.graphs)
+            setting = self.setting
+            model = build_model((run.model, run.kwargs), setting.data.num_classes, run.seed)
+            self.trainers[run.row] = Trainer(
+                model, setting.recipe, self.epoch, self.test, self.device, setting.graphs)
         return self.trainers[run.row]
 
     def _keep(self, run: Run, record: Dict[str, Any], trainer: Trainer) -> None:
         """Store a run after an epoch."""
         if record['epoch'] < run.epochs:
-            self.store.save(run, {'data': self.name, **record, 'state': trainer.state()})
+            self.store.save(run, {'data': self.setting.name, **record, 'state': trainer.state()})
             return
         top1s = record['top1']
         result = {
             'model': run.model, 'kwargs': run.kwargs, 'seed': run.seed, 'epochs': run.epochs,
             'best': max(top1s), 'final': top1s[-1], 'top1': top1s, 'loss': record['loss'],
-            'seconds': record['seconds'], **joined(record['about']), 'data': self.name}
+            'seconds': record['seconds'], **joined(record['about']), 'data': self.setting.name}
         try:
             result.update(trainer.attention_statistics())
         except RuntimeError as e:  # out of memory: the weights of all tokens are in it at once

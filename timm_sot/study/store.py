@@ -6,16 +6,16 @@
     checkpoints/NAME.pt            a run in progress, after its last finished epoch
     checkpoints/NAME.safetensors   the weights of a finished run
 
-Several processes may work on one folder: a line is appended under a lock, a run in progress is locked by its process
-(with lockf: unlike flock its locks are not inherited by workers, which outlive a killed process for seconds), and a
-file appears under its name when it is complete.
+Several processes may work on one folder, and share its runs: each is locked by the process that has it (with lockf:
+unlike flock its locks are not inherited by workers, which outlive a killed process for seconds). A line is appended
+under a lock, too, and a file appears under its name when it is complete.
 """
 import contextlib
 import json
 import os
 import re
 import warnings
-from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Tuple
+from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 from safetensors import SafetensorError
@@ -98,10 +98,13 @@ class Store:
             raise UserError(f'{self.folder} holds a study with other settings ({listed}); choose another folder.')
         return old
 
-    def finished(self, data: str) -> List[Dict[str, Any]]:
-        """Results of the runs on the images of that fingerprint. Lines that cannot be read are put aside."""
+    def finished(self, data: str) -> Dict[str, Dict[str, Any]]:
+        """Results of the runs on the images of that fingerprint, by the names of the runs, of each the first.
+
+        Lines that cannot be read are put aside.
+        """
         if not self.folder:
-            return self.lines
+            return by_name(self.lines)
         path = self._path('results.jsonl')
         with self._lock('results.lock'):
             try:
@@ -113,7 +116,7 @@ class Store:
                 with open(self._path('results.corrupt'), 'ab') as f:
                     f.writelines(line + b'\n' for line in bad)
                 write_file(path, b''.join(line + b'\n' for line in good))
-        return [result for result in map(json.loads, good) if same_images(result['data'], data)]
+        return by_name([result for result in map(json.loads, good) if same_images(result['data'], data)])
 
     def append(self, result: Dict[str, Any]) -> None:
         """Add the line of a finished run."""
@@ -167,8 +170,29 @@ class Store:
                     os.remove(name)
 
     @contextlib.contextmanager
-    def claim(self, run: Run) -> Iterator[bool]:
-        """Whether the run is ours; if so, no other process gets it before the context ends, or this process."""
+    def claim(self, runs: Sequence[Run], data: str, at_most: Optional[int] = None) -> Iterator[List[Run]]:
+        """Take runs that are neither finished on the images of that fingerprint nor taken by another process.
+
+        No other process gets them before the context ends, or this process.
+
+        Args:
+            runs: What to choose from, in this order.
+            data: Fingerprint.
+            at_most: How many, all of one seed; None for all that there are.
+        """
+        taken: List[Run] = []
+        with contextlib.ExitStack() as stack:
+            done = self.finished(data)
+            for run in runs:
+                if at_most is not None and taken and (len(taken) == at_most or run.seed != taken[0].seed):
+                    break
+                if run.name not in done and stack.enter_context(self._claim(run)):
+                    done = self.finished(data)  # by another process before we had the lock
+                    taken += [run] * (run.name not in done)
+            yield taken
+
+    @contextlib.contextmanager
+    def _claim(self, run: Run) -> Iterator[bool]:
         if not self.folder or fcntl is None:
             yield True
             return
@@ -199,6 +223,11 @@ class Store:
             raise UserError(
                 f'cannot write to {self.folder} ({str(e).splitlines()[0]}); choose another folder, or make room in it: '
                 f'the same command then continues.') from e
+
+
+def by_name(results: Sequence[Dict[str, Any]]) -> Dict[str, Dict[str, Any]]:
+    """Results by the names of their runs, of each run the first."""
+    return {Run(*(result[key] for key in Run._fields)).name: result for result in reversed(results)}
 
 
 def read_lines(path: str) -> Tuple[List[bytes], List[bytes]]:
