@@ -79,6 +79,12 @@ def test_report_without_an_extra(package, monkeypatch, tmp_path, capsys):
     (['study', '--preset', 'seed'], '--preset seed is a study of CIFAR-10; name the folder of its images with '),
     (['study', '--dataset-download'], '--dataset-download needs --dataset'),
     (['study', '--dataset', 'torch/cifar11'], "dataset 'torch/cifar11' cannot be read"),
+    (['study', '--time-limit', '10'], '--time-limit stops a study that the same command continues; it needs --out'),
+    (['study', '--models', 'cct_2', '--grid', 'sot_reg=[]'], "at least one value of each argument, got {'sot_reg': []}"),
+    (['study', '--rows', 'cct_2_sot'], "--rows 'cct_2_sot' is none of the 3 rows; there are cct_2_sot_q"),
+    (['study', '--models', 'cct_2', '--grid', 'sot_reg=0.1,0.5', '--rows', 'cct_2'],
+     "--rows 'cct_2' is none of the 2 rows; there are cct_2 sot_reg=0.1, cct_2 sot_reg=0.5."),
+    (['study', '--ray', '--gpus-per-run', '0.5', '--device', 'cpu'], 'the device is to be cpu; leave one of them out'),
     (['study', '--cpus-per-run', '2'], '--cpus-per-run and --gpus-per-run are of runs on a Ray cluster'),
     (['attention', 'compare', '--checkpoint', 'a', 'b', '--untrained'], 'leave one of them out'),
     (['study', 'reports'], "invalid choice: 'reports'"),
@@ -142,6 +148,9 @@ def test_grid(monkeypatch):
     assert main(['study', '--preset', 'candidates', '--models', 'cct_2', '--grid', 'candidate=plan,cosine',
                  '--data-dir', 'x']) == 0
     assert {kwargs['candidate'] for _, kwargs in asked['study'].rows} == {'plan', 'cosine'}
+    assert asked['study'].holdout == 0.1 and asked['recipe'].epochs == 30
+    assert main(['study', '--preset', 'candidates', '--rows', 'cct_2 candidate=plan', 'cct_2', '--data-dir', 'x']) == 0
+    assert asked['study'].rows == [('cct_2', {'candidate': 'plan'}), ('cct_2', {})]
     assert asked['study'].holdout == 0.1 and asked['recipe'].epochs == 30
     assert main(['study', '--preset', 'candidates', '--holdout', '0', '--data-dir', 'x']) == 0
     assert asked['study'].holdout == 0.

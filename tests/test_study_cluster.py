@@ -241,6 +241,13 @@ def play(stand_in, models=('a',), of=Cluster(), deadline=float('inf'), parallel=
     return failed, [result['model'] for result in store.lines]
 
 
+def test_runs_of_another_process(monkeypatch, capsys):
+    monkeypatch.setattr(Store, '_claim', lambda self, run: nullcontext(run.model != 'a'))
+    stand_in = StandIn([[BEGIN, finish('b')]])
+    assert play(stand_in, 'ab') == ([], ['b']) and stand_in.submitted == [('b', None)]
+    assert 'runs left to other processes, which work on them: 1;' in capsys.readouterr().err
+
+
 def test_runs_go_on_from_the_last_checkpoint(capsys):
     stand_in = StandIn([[BEGIN, ('step', 2), LOST], [BEGIN, save(1)], [BEGIN, LOST], [BEGIN, finish('a')]])
     assert play(stand_in) == ([], ['a']) and stand_in.epochs == 2
@@ -308,10 +315,12 @@ def test_shares():
     assert asked() == [1., 0.1666, 'cuda', 1, 0]  # six of a sixth that is rounded up have no room on one GPU
     assert asked('', 3., parallel=2) == [3., 0.5, 'cuda', 3, 2]
     assert asked('', 0.5, 0.25, workers=1) == [0.5, 0.25, 'cuda', 1, 1]
-    assert asked('cpu', 2., 0.25) == [2., 0., 'cpu', 2, 1]
+    assert asked('cpu', 2.) == [2., 0., 'cpu', 2, 1]
     assert asked(machines=[dict(CPU=2.)]) == [1., 0., 'cpu', 1, 0]
     with pytest.raises(UserError, match='has 16 CPU and 0.1666 GPU for a run; add one'):
         asked('', 16.)  # there are such, but on two machines
+    with pytest.raises(UserError, match='has 1 CPU and 0.25 GPU for a run; add one'):
+        asked('', 1., 0.25, machines=[dict(CPU=2.)])  # and not on a CPU unasked
 
 
 def test_worker():
@@ -428,3 +437,5 @@ def test_without_ray(monkeypatch, folder):
 def test_device():
     with pytest.raises(UserError, match="device 'cuda:1' cannot be used with Ray"):
         Cluster(device='cuda:1')
+    with pytest.raises(UserError, match='--gpus-per-run is of runs on a GPU, and the device is to be cpu'):
+        Cluster(device='cpu', gpus=0.5)

@@ -80,12 +80,15 @@ def _add_study(commands) -> None:
                             'regularization, and softmax; candidates: new forms and their controls, on a validation '
                             'split. The other options change it (default: %(default)s)')
     group.add_argument('--models', nargs='+', metavar='NAME',
-                       help='timm models in place of those of the preset, which keep its arguments if they are in it; '
-                            'the first gives the others their initial values')
+                       help='timm models in place of those of the preset; of one that is in it, all its rows; the first '
+                            'gives the others their initial values')
     group.add_argument('--model-kwargs', nargs='*', default={}, action=_ModelKwargs, metavar='KEY=VALUE',
                        help='arguments of every model, e.g. sot_reg=0.5')
     group.add_argument('--grid', nargs='*', default={}, action=_ModelKwargs, metavar='KEY=VALUE,VALUE',
                        help='arguments of which every combination is a row, e.g. sot_reg=0.1,0.5')
+    group.add_argument('--rows', nargs='+', metavar='ROW',
+                       help='of all these rows only some, by the names that the tables and --baseline give them, e.g. '
+                            "cct_2 'cct_2 candidate=plan'")
     group.add_argument('--seed', nargs='+', type=_seed, metavar='N',
                        help='seeds, with each of which every row is trained')
     group.add_argument('--data-dir', default='', metavar='DIR',
@@ -174,6 +177,7 @@ def _study(args: argparse.Namespace) -> int:
     from .study.engine import Recipe
     from .study.presets import PRESETS, Study
     from .study.runner import RunsFailed, format_table, resolve_device, run_study
+    from .study.store import Run
 
     rows, seeds, settings, holdout = PRESETS[args.preset]
     if args.preset != 'quick' and not (args.data_dir or args.dataset):
@@ -184,14 +188,20 @@ def _study(args: argparse.Namespace) -> int:
         raise UserError('--dataset-download needs --dataset, the name of what to download.')
     if args.ray is None and (args.cpus_per_run or args.gpus_per_run):
         raise UserError('--cpus-per-run and --gpus-per-run are of runs on a Ray cluster; they need --ray.')
+    if args.time_limit < float('inf') and not args.out:
+        raise UserError('--time-limit stops a study that the same command continues; it needs --out, a folder to keep '
+                        'it in.')
     if args.models:
         rows = [row for name in args.models
                 for row in [row for row in rows if row[0] == name] or [(name, {})]]
     values = [
         value if isinstance(value, (tuple, list)) else value.split(',') if isinstance(value, str) else [value]
         for value in args.grid.values()]
+    if not all(values):
+        raise UserError(f'--grid needs at least one value of each argument, got {args.grid}.')
     rows = [(model, {**kwargs, **args.model_kwargs, **dict(zip(args.grid, combination))})
             for model, kwargs in rows for combination in product(*values)]
+    rows = _chosen({Run(*row, 0, 0).row: row for row in rows}, args.rows)
     settings = {'augment': ('crop', 'flip') if args.data_dir or args.dataset else ('crop',), **settings}
     for key in ('epochs', 'batch_size', 'lr', 'weight_decay', 'smoothing', 'schedule', 'precision'):
         if getattr(args, key) is not None:
@@ -220,6 +230,18 @@ def _study(args: argparse.Namespace) -> int:
     if failure:
         raise failure
     return 0
+
+
+def _chosen(rows, names):
+    """The rows of a study, given by name, that --rows names, in its order; all without it."""
+    from difflib import get_close_matches
+
+    for name in names or ():
+        if name not in rows:
+            close = get_close_matches(name, rows, n=5) or [*rows][:5]
+            raise UserError(f'--rows {name!r} is none of the {len(rows)} rows; there are {", ".join(close)}'
+                            + ' and others' * (len(close) < len(rows)) + '.')
+    return [rows[name] for name in names or rows]
 
 
 def _number_or_name(text):

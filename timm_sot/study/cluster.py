@@ -39,7 +39,7 @@ STEP_SECONDS = 0.5  # between two messages of a worker about its steps
 class Cluster:
     """Which Ray to use, and what each run takes of it."""
     address: str = ''  # '' is what the environment variable RAY_ADDRESS names, or else a Ray of our own
-    device: str = ''  # 'cpu' or 'cuda'; '' is cuda if there is a GPU in the cluster
+    device: str = ''  # 'cpu' or 'cuda'; '' is cuda with `gpus`, or if there is a GPU in the cluster
     cpus: float = 1.  # a run has as many threads, rounded down, but one at least
     gpus: Optional[float] = None  # at most 1; None: as many runs share a GPU as are to advance together
 
@@ -53,6 +53,8 @@ class Cluster:
                 f'device {self.device!r} cannot be used with Ray, which itself chooses among GPUs; take cpu or cuda.')
         if self.gpus is not None and not 0 < self.gpus <= 1:
             raise UserError(f'--gpus-per-run must be above 0 and at most 1, got {self.gpus:g}.')
+        if self.gpus is not None and self.device == 'cpu':
+            raise UserError('--gpus-per-run is of runs on a GPU, and the device is to be cpu; leave one of them out.')
 
     @contextmanager
     def connect(self) -> Iterator[Any]:
@@ -130,7 +132,8 @@ class ClusterSession:
             UserError: If no machine has room for a run, or one is not fit to run it.
         """
         ray, cpus = self.ray, self.cluster.cpus
-        device = self.cluster.device or ('cuda' if ray.cluster_resources().get('GPU') else 'cpu')
+        device = self.cluster.device or (
+            'cuda' if self.cluster.gpus or ray.cluster_resources().get('GPU') else 'cpu')
         share = self.cluster.gpus or math.floor(1e4 / parallel) / 1e4  # Ray keeps four digits
         self.needs = {'CPU': cpus, 'GPU': share if device == 'cuda' else 0.}
         if not self._room():
