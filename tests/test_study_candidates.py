@@ -26,18 +26,18 @@ def test_controls():
     for name, candidate in CANDIDATES.items():
         if candidate.control is None:
             assert candidate.weights == 'softmax'
-        elif candidate.control != 'softmax':
+        else:
             control = CANDIDATES[candidate.control]
             assert control._replace(about='', control='', weights='') == candidate._replace(
                 about='', control='', weights=''), f'{name} and its control differ in more than the weights'
             assert control.control is None
-    controls = {candidate.control for candidate in CANDIDATES.values()} - {None, 'softmax'}
+    controls = {candidate.control for candidate in CANDIDATES.values()} - {None}
     assert controls == {name for name, candidate in CANDIDATES.items() if candidate.control is None}
 
 
 def test_rows_of_controls():
     assert control_of('cct_2', {'candidate': 'plan', 'img_size': 16}) == ('cct_2', {'candidate': 'cosine', 'img_size': 16})
-    assert control_of('cct_2', {'candidate': 'bias'}) == ('cct_2', {})
+    assert control_of('cct_2', {'candidate': 'bias'}) == ('cct_2', {'candidate': 'dot'}), 'not without its factor'
     assert control_of('cct_2', {'candidate': 'cosine'}) is control_of('cct_2', {}) is None
 
 

@@ -104,7 +104,7 @@ def test_missing_seeds(tmp_path):
     assert row[4] == '+1.00'  # seeds 1 and 2: 1.1 and 0.9
     assert '- `cct_2` with seed 3, 4, to compare with `better sot_reg=0.1 sot_tol=0.1`\n' in text
     assert '- n = 3 (seed 0, 1, 2), below 5: `cct_2`\n' in text and 'n = 4 (seed 1, 2, 3, 4), below 5: `better' in text
-    assert 'All of it waits for GPU, float32' in text
+    assert 'are to be made on GPU, float32:' in text
 
 
 def test_tables_have_equal_columns(tmp_path):

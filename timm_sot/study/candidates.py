@@ -26,7 +26,7 @@ ITERS = 5
 class Candidate(NamedTuple):
     """One form; the fields after `control` are its parts, see CandidateAttention."""
     about: str
-    control: Optional[str]  # the candidate that is its control, 'softmax' for that of cct_2, None for a control
+    control: Optional[str]  # the candidate that is its control, None for a control
     scores: str = 'cosine'
     weights: str = 'plan'
     factor: float = 10.
@@ -92,7 +92,7 @@ CANDIDATES: Dict[str, Candidate] = {
     'shares_context': Candidate('as shares, after each channel was convolved on the grid', 'cosine_context',
                                 weights='shares', context=True),
     'cosine_context': Candidate('control of shares_context', None, weights='softmax', context=True),
-    'bias': Candidate("row 4's SOT matrix as a bias on the scores of softmax", 'softmax', scores='dot', factor=1.,
+    'bias': Candidate("row 4's SOT matrix as a bias on the scores of softmax", 'dot', scores='dot', factor=1.,
                       weights='bias'),
 }
 
@@ -289,5 +289,4 @@ def control_of(model: str, kwargs: Dict[str, Any]) -> Optional[Tuple[str, Dict[s
     candidate = CANDIDATES.get(kwargs.get('candidate'))
     if candidate is None or candidate.control is None:
         return None
-    others = {key: value for key, value in kwargs.items() if key != 'candidate'}
-    return model, others if candidate.control == 'softmax' else {**others, 'candidate': candidate.control}
+    return model, {**kwargs, 'candidate': candidate.control}

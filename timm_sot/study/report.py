@@ -32,9 +32,11 @@ HOW_TO_READ = '''
 - **n** is the number of runs, one for each seed. `±` is the standard deviation over them. 95 % intervals are those of
   Student's t for the mean, each for itself; of one run there is none ("n = 1: no interval"), and none of runs that all
   gave the same number.
-- Differences are paired: runs of one seed saw the same batches and augmentations and began with the same values in the
-  parameters that they share. "pairs" counts the seeds that both rows have.
-- **p** is that of the paired t-test, two-sided, adjusted by Holm's method for the comparisons of its table.
+- Differences are paired: runs of one seed saw the same batches and augmentations and, in one study, began with the
+  same values in the parameters that they share. "pairs" counts the seeds that both rows have. Where one of them has
+  more, the difference is not that of the two means beside it, which are of all seeds.
+- **p** is that of the paired t-test, two-sided, adjusted by Holm's method for the comparisons of its table alone. Like
+  the intervals it takes the differences to be normally distributed, which a few pairs cannot show.
 - **Bold** is a difference above zero whose interval does not contain zero *and* whose adjusted p is below 0.05; nothing
   else is. "Below" and "undecided" under a table follow the same two conditions.
 - The last epoch is what rows are compared in. The best epoch of a run is chosen on the images that it is then measured
@@ -266,7 +268,8 @@ def format_controls(section: Section, control: Control) -> str:
         mine, theirs = (summarize([result['final'] for result in section.rows[each]]) for each in (row, name))
         table.append([f'`{row}`', format_mean(mine), f'`{name}`', format_mean(theirs),
                       *format_difference(Comparison(row, mine, difference, p), True)])
-    return ('### Variants against their controls\n\nA control puts the same scores through softmax. Last epoch.\n\n'
+    return ('### Variants against their controls\n\nA control puts the same scores through softmax. It '
+            'lacks the parameters, if any, that only the weights of its variant have. Last epoch.\n\n'
             + format_table(table))
 
 
@@ -297,8 +300,8 @@ def format_attention(section: Section, rows: Sequence[str]) -> str:
             'How far the entropy H of the attention weights over N tokens is from that of uniform weights, log N: 0 is '
             'mean pooling, 1 looks at a single token. And how much of the difference from '
             'uniform weights (sum of squares) all queries have in common: 1 if all look at the same tokens, 0 if every '
-            'token is looked at alike, as in a doubly stochastic matrix. Means over queries, images and the runs '
-            f'measured.{arguments}{note}\n\n' + format_table(table))
+            'token is looked at alike, as in a doubly stochastic matrix. Means over queries, up to 512 of the images '
+            f'and the runs measured.{arguments}{note}\n\n' + format_table(table))
 
 
 def format_gap(entropy: float) -> str:
@@ -343,7 +346,8 @@ def format_missing(section: Section, baseline: str, control: Control) -> str:
     if not missing:
         return ''
     return ('### What is missing\n\n' + ''.join(f'- {item}\n' for item in missing)
-            + f'\nAll of it waits for {section.device}: runs of another device are not compared with these.\n')
+            + f'\nRuns that are missing are to be made on {section.device}: those of another device are not compared '
+            f'with these.\n')
 
 
 def preset_rows(preset: str) -> List[str]:

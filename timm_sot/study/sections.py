@@ -91,7 +91,8 @@ def read_sources(sources: Sequence[str]) -> Tuple[List[Result], List[str], str]:
                          f'the first line of a run counts.')
     if len(set(firsts)) > 1:
         notes.append('The rows that gave runs of one seed their initial values differ: '
-                     f'{", ".join(f"`{row}`" for row in dict.fromkeys(firsts))}.')
+                     f'{", ".join(f"`{row}`" for row in dict.fromkeys(firsts))}; in pairs of two studies these values '
+                     f'may differ, too.')
     return list(results.values()), notes, firsts[0] if firsts else row_of(next(iter(results.values())))
 
 
