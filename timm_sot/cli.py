@@ -72,7 +72,8 @@ def _add_study(commands) -> None:
     parser = commands.add_parser(
         'study', help='train models side by side and compare them',
         description='Train models on the same batches, augmentations and shared initial values, and print a table. '
-                    'With --out a study that was stopped continues with the same command.')
+                    'With --out a study that was stopped continues with the same command, and processes started '
+                    'with it at the same time share its runs.')
     group = parser.add_argument_group('what')
     group.add_argument('--preset', choices=['quick', 'seed', 'sweep', 'candidates'], default='quick',
                        help='quick: three models on the digits of scikit-learn; seed: softmax and the five SOT '
@@ -121,7 +122,8 @@ def _add_study(commands) -> None:
     group.add_argument('--device', default='', help='default: cuda if there is one, else cpu')
     group.add_argument('--out', default='', metavar='DIR', help='folder for results and checkpoints')
     group.add_argument('--parallel', type=_number(int, 1), default=6,
-                       help='runs of a seed that advance together (default: %(default)s)')
+                       help='runs of a seed that advance together, and that a process takes at once where several share '
+                            'a study (default: %(default)s)')
     group.add_argument('--workers', type=_number(int, 0), help='processes that augment (default: one less than cores)')
     group.add_argument('--no-graphs', action='store_true', help='train without CUDA graphs')
     group.add_argument('--time-limit', type=_number(float, 0), default=float('inf'), metavar='SECONDS',
