@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
-from study_lines import BASELINE, BETTER, RECIPE, SOT, VALIDATION, WORSE, make_line, make_row, write
+from study_lines import BASELINE, BETTER, RECIPE, SOT, VALIDATION, WORSE, make_line, write
 
 from timm_sot.errors import UserError
 from timm_sot.study.sections import find_sweeps, read_sources, split

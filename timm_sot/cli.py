@@ -81,8 +81,8 @@ def _add_study(commands) -> None:
                             'regularization, and softmax; candidates: new forms and their controls, on a validation '
                             'split. The other options change it (default: %(default)s)')
     group.add_argument('--models', nargs='+', metavar='NAME',
-                       help='timm models in place of those of the preset; of one that is in it, all its rows; the first '
-                            'gives the others their initial values')
+                       help='timm models in place of those of the preset; of one that is in it, all its rows; the '
+                            'first gives the others their initial values')
     group.add_argument('--model-kwargs', nargs='*', default={}, action=_ModelKwargs, metavar='KEY=VALUE',
                        help='arguments of every model, e.g. sot_reg=0.5')
     group.add_argument('--grid', nargs='*', default={}, action=_ModelKwargs, metavar='KEY=VALUE,VALUE',
@@ -122,8 +122,8 @@ def _add_study(commands) -> None:
     group.add_argument('--device', default='', help='default: cuda if there is one, else cpu')
     group.add_argument('--out', default='', metavar='DIR', help='folder for results and checkpoints')
     group.add_argument('--parallel', type=_number(int, 1), default=6,
-                       help='runs of a seed that advance together, and that a process takes at once where several share '
-                            'a study (default: %(default)s)')
+                       help='runs of a seed that advance together, and that a process takes at once where several '
+                            'share a study (default: %(default)s)')
     group.add_argument('--workers', type=_number(int, 0), help='processes that augment (default: one less than cores)')
     group.add_argument('--no-graphs', action='store_true', help='train without CUDA graphs')
     group.add_argument('--time-limit', type=_number(float, 0), default=float('inf'), metavar='SECONDS',
