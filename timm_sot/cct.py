@@ -746,8 +746,8 @@ def checkpoint_grid_size(num_tokens: int, model: CCT) -> Tuple[int, int]:
         if candidate[0] * candidate[1] == num_tokens:
             return candidate
     raise ValueError(
-        f'the checkpoint has a position embedding of {num_tokens} tokens, which is neither a square nor of the shape of '
-        f'the {height} x {width} grid of this model; create the model with the img_size of the checkpoint and call '
+        f'the checkpoint has a position embedding of {num_tokens} tokens, which is neither a square nor of the shape '
+        f'of the {height} x {width} grid of this model; create the model with the img_size of the checkpoint and call '
         f'set_input_size afterwards.')
 
 
