@@ -11,8 +11,9 @@ onnxruntime = pytest.importorskip('onnxruntime')
 
 
 @pytest.mark.filterwarnings('ignore')
+@pytest.mark.parametrize('dynamo', [True, False])  # the exporters that timm's onnx_export.py has
 @pytest.mark.parametrize('how', ['default', 'exportable', 'fused_attn'])
-def test_cct_2_sot_qk(tmp_path, how):
+def test_cct_2_sot_qk(tmp_path, how, dynamo):
     torch.manual_seed(0)
     if how == 'exportable':
         with set_exportable(True):
@@ -25,7 +26,7 @@ def test_cct_2_sot_qk(tmp_path, how):
     assert all(block.attn.fused_attn == (how == 'default') for block in model.blocks)
     images = torch.randn(2, 3, 32, 32)
     file = tmp_path / 'model.onnx'
-    torch.onnx.export(model, (images,), file, dynamo=True, verbose=False)
+    torch.onnx.export(model, (images,), file, dynamo=dynamo, verbose=False)
     session = onnxruntime.InferenceSession(file, providers=['CPUExecutionProvider'])
     logits, = session.run(None, {session.get_inputs()[0].name: images.numpy()})
     with torch.no_grad():

@@ -93,9 +93,10 @@ def test_golden_through_filter(original):
 @pytest.mark.parametrize('wrap', [
     lambda state_dict: state_dict,
     lambda state_dict: {f'module.{name}': t for name, t in state_dict.items()},
+    lambda state_dict: {f'_orig_mod.{name}': t for name, t in state_dict.items()},
     lambda state_dict: {'epoch': 3, 'state_dict': state_dict},
     lambda state_dict: {'epoch': 3, 'model': state_dict},
-], ids=['plain', 'DataParallel', 'state_dict', 'model'])
+], ids=['plain', 'DataParallel', 'compile', 'state_dict', 'model'])
 @pytest.mark.parametrize('source', ['state_dict', 'file'])
 def test_golden_through_create_model(original, tmp_path, source, wrap):
     state_dict, x, _, logits = original
@@ -342,6 +343,19 @@ def test_sine_formula():
     assert (actual[0] - expected).abs().max() < 5e-5  # float32 has so much of an angle of 196
 
 
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, torch.float64])
+def test_sine_has_nothing_of_the_default_dtype(dtype):
+    expected = sine_pos_embed(64, 128)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        actual = sine_pos_embed(64, 128)
+        model = create(pos_embed='sine')
+    finally:
+        torch.set_default_dtype(before)
+    assert torch.equal(actual, expected) and torch.equal(model.pos_embed, expected.to(dtype))
+
+
 def test_sine_is_no_parameter():
     model = create(pos_embed='sine')
     assert 'pos_embed' not in model.state_dict() and 'pos_embed' not in dict(model.named_parameters())
@@ -389,6 +403,8 @@ def test_true_sine_checkpoint(original, img_size):
     overlay = dict(state_dict={**state_dict, 'classifier.positional_emb': sine_pos_embed(64, 128)})
     model = create(pretrained=True, pretrained_cfg_overlay=overlay, pos_embed='sine', img_size=img_size)
     assert torch.equal(model.pos_embed, sine_pos_embed((img_size // 4) ** 2, 128))
+    with torch.device('meta'):  # the default device is not that of the checkpoint
+        checkpoint_filter_fn(overlay['state_dict'], model)
     if img_size == 32:
         learn = create(pretrained=True, pretrained_cfg_overlay=overlay)
         with torch.no_grad():
@@ -424,6 +440,13 @@ def test_checkpoint_with_less_than_the_model():
         overlay = dict(state_dict=create(**kwargs).state_dict())
         with pytest.raises(RuntimeError, match=rf'Missing key\(s\).*{name}'):
             create(pretrained=True, pretrained_cfg_overlay=overlay)
+
+
+def test_part_of_a_checkpoint():
+    model = create(pretrained=True, pretrained_strict=False, depth=3)
+    weights = create(pretrained=True).state_dict()
+    for name, value in model.state_dict().items():
+        assert name.startswith('blocks.2.') or torch.equal(value, weights[name]), name
 
 
 def test_sine_after_to_empty():

@@ -172,6 +172,9 @@ def failing(tmp_path):
     save_file({**network.state_dict(), 'head.bias': torch.full((10,), torch.nan)}, diverged)
     torch.save({'a': Evil()}, tmp_path / 'evil.pth.tar')
     torch.save(network.state_dict(), tmp_path / 'bare.pth')
+    # scripts other than timm's train.py keep some of what it keeps
+    torch.save(dict(state_dict=network.state_dict(), args=Namespace(model='cct_2')), tmp_path / 'no_epoch.pth')
+    torch.save(dict(state_dict=network.state_dict(), args=dict(model='cct_2'), epoch=1), tmp_path / 'no_model.pth')
     torch.save({'state': {}, 'epoch': 2}, tmp_path / 'progress.pt')
     out = tmp_path / 'out' / 'cct_2_sot_qk.x'
     (tmp_path / 'file').touch()
@@ -187,7 +190,8 @@ def failing(tmp_path):
         # torch's own message goes on to say how the code in it could be run
         ((tmp_path / 'evil.pth.tar', '--out', out),
          'no checkpoint of weights and plain values: Weights only load failed\n'),
-        ((tmp_path / 'bare.pth', '--out', out), 'records no training arguments'),
+        *(((tmp_path / name, '--out', out), 'records no training arguments')
+          for name in ('bare.pth', 'no_epoch.pth', 'no_model.pth')),
         ((tmp_path / 'progress.pt', '--out', out), 'in progress'),
         ((good, '--out', out, '--data-dir', tmp_path / 'nowhere'), 'nowhere'),
         ((good, '--out', out, '--data-dir', folder), 'no images'),

@@ -2,9 +2,11 @@
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import reference
 from reference import error
+from timm_sot.kernels import distance
 from timm_sot.kernels.distance import distance_by_product, euclidean_distance, euclidean_distance_backward
 
 DTYPES = pytest.mark.parametrize('dtype, bar', [(torch.float32, 1e-6), (torch.float64, 1e-13)])
@@ -176,3 +178,20 @@ def test_by_product():
         out = distance_by_product(x, y)
         assert out.dtype == dtype and (out[:, 3, 3] == 0).all()
         assert error(out, expected(x, y)[0]) < bar
+
+
+def test_gradient_on_devices_without_float64(monkeypatch):
+    """Played by the CPU: Apple's GPUs, which raise where float64 is asked for."""
+    class Refuse(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            assert getattr(out, 'dtype', None) != torch.float64, func
+            return out
+
+    monkeypatch.setattr(distance, 'WITHOUT_FLOAT64', {'cpu'})
+    x, y, grad = make_points(2, 7, 5), make_points(2, 4, 5, seed=1), make_points(2, 7, 4, seed=9)
+    values = torch.cdist(x, y)
+    with Refuse():
+        actual = distance._gradients(grad, x, y, values)
+    for one, other in zip(actual, expected(x, y)[1:]):
+        assert error(one, other) < 1e-5

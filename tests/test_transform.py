@@ -527,8 +527,10 @@ def test_compiled_and_exported(distance):
     assert transform(x.to('meta')).shape == (2, 9, 9)
 
 
+@pytest.mark.filterwarnings('ignore')
+@pytest.mark.parametrize('dynamo', [True, False])
 @pytest.mark.parametrize('distance', DISTANCES)
-def test_onnx(distance, tmp_path):
+def test_onnx(distance, dynamo, tmp_path):
     pytest.importorskip('onnxscript')
     onnxruntime = pytest.importorskip('onnxruntime')
 
@@ -538,7 +540,7 @@ def test_onnx(distance, tmp_path):
 
     x, y = make_points(2, 9, 5), make_points(2, 9, 5, seed=1)
     file = tmp_path / 'transform.onnx'
-    torch.onnx.export(Transform(), (x, y), file, dynamo=True, verbose=False)
+    torch.onnx.export(Transform(), (x, y), file, dynamo=dynamo, verbose=False)
     session = onnxruntime.InferenceSession(file, providers=['CPUExecutionProvider'])
     out, = session.run(None, {given.name: z.numpy() for given, z in zip(session.get_inputs(), (x, y))})
     assert error(torch.from_numpy(out), Transform()(x, y)) < 1e-5

@@ -111,6 +111,22 @@ def test_arguments_that_the_packaged_weights_do_not_fit(kwargs):
     assert 'install' not in str(error.value)
 
 
+@pytest.mark.parametrize('size', [0, 1000, 700000])
+def test_damaged_pickle(tmp_path, size):
+    file = tmp_path / 'mine.pth'
+    torch.save(timm.create_model('cct_2_sot_qk').state_dict(), file)
+    os.truncate(file, size)
+    with pytest.raises(Exception, match=rf'^file {file}: mine.pth is damaged or cut off \(.+\); .* copy it anew.$'):
+        timm.create_model('cct_2_sot_qk', pretrained=True, pretrained_cfg_overlay=dict(file=str(file)))
+
+
+def test_damaged_file_of_another_name(folder):
+    file = (folder / 'model.safetensors').rename(folder / 'mine.safetensors')
+    os.truncate(file, 700000)
+    with pytest.raises(Exception, match='mine.safetensors is damaged or cut off'):
+        timm.create_model('cct_2_sot_qk', pretrained=True, pretrained_cfg_overlay=dict(file=str(file)))
+
+
 def test_damaged_package(tmp_path, monkeypatch):
     path = tmp_path / NAME / 'model.safetensors'
     path.parent.mkdir()

@@ -8,6 +8,7 @@ The `cct_*_sot_*` models replace the attention matrix by the Self-Optimal-Transp
 import logging
 import math
 import re
+from functools import partial
 from numbers import Integral
 from typing import Dict, List, Optional, Set, Tuple, Union
 
@@ -28,6 +29,7 @@ from timm.models import (
     build_model_with_cfg,
     checkpoint,
     checkpoint_seq,
+    clean_state_dict,
     generate_default_cfgs,
     named_apply,
     register_model,
@@ -193,7 +195,7 @@ def sine_pos_embed(
     Channel i of token p is sin (i even) or cos (i odd) of p / 10000^(2 floor(i / 2) / D).
     """
     position = torch.arange(num_tokens, device=device, dtype=torch.float32).unsqueeze(1)
-    channel = torch.arange(dim, device=device)
+    channel = torch.arange(dim, device=device, dtype=torch.float32)  # integers would be divided in the default dtype
     angle = position / 10000 ** (2 * torch.div(channel, 2, rounding_mode='floor') / dim)
     return torch.where(channel % 2 == 0, angle.sin(), angle.cos()).unsqueeze(0).to(dtype=dtype)
 
@@ -642,7 +644,6 @@ def init_weights_cct(module: nn.Module, name: str = '') -> None:
 
 
 _ORIGINAL_NAMES = (
-    (r'^module\.', ''),
     (r'^tokenizer\.conv_layers\.(\d+)\.0\.', r'tokenizer.stages.\1.conv.'),
     (r'^classifier\.positional_emb$', 'pos_embed'),
     (r'^classifier\.attention_pool\.', 'attn_pool.score.'),
@@ -653,29 +654,39 @@ _ORIGINAL_NAMES = (
 )
 
 
-def checkpoint_filter_fn(state_dict: Dict[str, torch.Tensor], model: CCT) -> Dict[str, torch.Tensor]:
+def checkpoint_filter_fn(
+        state_dict: Dict[str, torch.Tensor],
+        model: CCT,
+        strict: bool = True,
+) -> Dict[str, torch.Tensor]:
     """Rename the parameters of original Compact-Transformers checkpoints and fit the position embedding to the model.
 
     Parameters of a sequence pooling or a position embedding that the model was told not to have are left out.
 
+    Args:
+        state_dict: Checkpoint, with the prefixes of DDP and torch.compile or without.
+        model: Model to load it into.
+        strict: Whether the checkpoint must have the parameters of the model and no others.
+
     Raises:
-        RuntimeError: If the checkpoint lacks parameters of the model, or has others.
+        RuntimeError: If `strict` and it has not.
         ValueError: If its position embedding does not fit the model.
     """
     state_dict = state_dict.get('model', state_dict)
     state_dict = state_dict.get('state_dict', state_dict)
     out = {}
-    for name, value in state_dict.items():
+    for name, value in clean_state_dict(state_dict).items():
         for pattern, replacement in _ORIGINAL_NAMES:
             name = re.sub(pattern, replacement, name)
         out[name] = value
-    check_names(out, model)  # first: the position embedding of another architecture may fail in its own way
+    if strict:
+        check_names(out, model)  # first: the position embedding of another architecture may fail in its own way
 
     pos_embed = out.get('pos_embed')
     if pos_embed is not None and model.sine:
         # the original stores its fixed embedding as well; a learned one in its place would be lost without a word
-        expected = sine_pos_embed(pos_embed.shape[1], pos_embed.shape[2], dtype=pos_embed.dtype)
-        if not torch.allclose(pos_embed.cpu(), expected, atol=1e-3):
+        expected = sine_pos_embed(pos_embed.shape[1], pos_embed.shape[2], pos_embed.device, pos_embed.dtype)
+        if not torch.allclose(pos_embed, expected, atol=1e-3):
             raise ValueError(
                 "the checkpoint carries a learned position embedding, which pos_embed='sine' has no place for (the "
                 "original checkpoints called *_sine do, too); create the model with pos_embed='learn'.")
@@ -735,8 +746,8 @@ def checkpoint_grid_size(num_tokens: int, model: CCT) -> Tuple[int, int]:
         if candidate[0] * candidate[1] == num_tokens:
             return candidate
     raise ValueError(
-        f'the checkpoint has a position embedding of {num_tokens} tokens, which is neither a square nor of the shape of '
-        f'the {height} x {width} grid of this model; create the model with the img_size of the checkpoint and call '
+        f'the checkpoint has a position embedding of {num_tokens} tokens, which is neither a square nor of the shape '
+        f'of the {height} x {width} grid of this model; create the model with the img_size of the checkpoint and call '
         f'set_input_size afterwards.')
 
 
@@ -747,7 +758,7 @@ def _create_cct(variant: str, pretrained: bool = False, **kwargs) -> CCT:
             CCT,
             variant,
             pretrained,
-            pretrained_filter_fn=checkpoint_filter_fn,
+            pretrained_filter_fn=partial(checkpoint_filter_fn, strict=kwargs.get('pretrained_strict', True)),
             feature_cfg=dict(out_indices=out_indices, feature_cls='getter'),
             **with_readable_folder(kwargs),
         )

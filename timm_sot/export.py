@@ -139,9 +139,10 @@ def read_checkpoint(path: str) -> Checkpoint:
         raise UserError(f'{path} is damaged or no checkpoint of weights and plain values: {reason}') from e
     if path.endswith('.safetensors'):
         return read_study(path, content)
-    if isinstance(content, dict) and {'state_dict', 'args'} <= set(content):
+    keys = set(content) if isinstance(content, dict) else set()
+    if {'state_dict', 'epoch', 'args'} <= keys and hasattr(content['args'], 'model'):
         return read_train(content)
-    if isinstance(content, dict) and 'state' in content:
+    if 'state' in keys:
         raise UserError(f'{path} is a run of a study in progress; its weights appear as .safetensors at its end.')
     raise UserError(f'{path} records no training arguments; export takes checkpoints of train.py and of studies.')
 
@@ -315,8 +316,7 @@ def evaluate(model: nn.Module, data_dir: str, device: Optional[torch.device] = N
 
 def format_card(name: str, model: nn.Module, source: Checkpoint, score: Optional[Score]) -> str:
     """The README.md of a folder, with the metadata that the Hub asks for."""
-    architecture, _, tag = name.partition('.')
-    data = tag or source.data
+    data = name.partition('.')[2] or source.data
     cfg = model.pretrained_cfg
     results = [EvalResult(
         task_type='image-classification', dataset_type=data, dataset_name=data, dataset_split=score.split,

@@ -131,7 +131,8 @@ def sot_matrix(
 ) -> torch.Tensor:
     """`self_optimal_transport` without its checks and casts: positional and scriptable, for the attention above."""
     N = x.shape[-2]
-    diagonal = torch.eye(N, dtype=torch.bool, device=x.device)
+    index = torch.arange(N, device=x.device)
+    diagonal = index.unsqueeze(-1) == index  # torch.eye is an EyeLike of booleans, which ONNX Runtime lacks
 
     log_kernel = pairwise_cost(x, y, distance, normalize) / -reg  # (..., N, N)
     if mask_diagonal and N > 1:  # a single point has only itself

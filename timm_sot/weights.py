@@ -71,6 +71,9 @@ def explained(variant: str, pretrained: bool, kwargs: Dict[str, Any]) -> Iterato
 
 def explain(error: Exception, cfg: Dict[str, Any]) -> None:
     """Put the source of the weights, and what would work, into the message of an error."""
+    # torch says of a pickle that is cut off that its zip archive has no end, or no beginning
+    damaged = isinstance(error, (SafetensorError, EOFError)) or 'PytorchStreamReader' in str(error)
+    file = WEIGHTS_FILE
     if cfg.get('source') == 'hf-hub':
         repo_id = cfg['hf_hub_id'].partition('@')[0]
         source = f'{cfg["hf_hub_id"]} on the Hub'
@@ -78,9 +81,10 @@ def explain(error: Exception, cfg: Dict[str, Any]) -> None:
     elif cfg.get('source') == 'local-dir':
         source, advice = f'folder {cfg["file"]}', 'its config.json and weights must go together, export or copy it anew'
     else:
+        file = Path(cfg['file']).name
         packaged = Path(cfg['file']).parent.parent == hub_folder()
         source = f'file {cfg["file"]}{" of timm-sot" if packaged else ""}'
-        if isinstance(error, (FileNotFoundError, SafetensorError)):
+        if damaged or isinstance(error, FileNotFoundError):
             advice = 'install timm-sot again' if packaged else 'check its path, or copy it anew'
         elif packaged:
             advice = (
@@ -97,14 +101,14 @@ def explain(error: Exception, cfg: Dict[str, Any]) -> None:
         return
     if isinstance(error, FileNotFoundError) and not message:
         message = 'there is no such file'
-    elif isinstance(error, SafetensorError):
-        message = f'{WEIGHTS_FILE} is damaged or cut off ({message})'
+    elif damaged:
+        message = f'{file} is damaged or cut off ({message.partition(". ")[0] or type(error).__name__})'
     elif 'weights_only' in message:  # timm has refused a pickle, and goes on to say how to load it nevertheless
         advice = 'it holds more than weights, have them saved as safetensors'
     elif isinstance(error, TypeError):
         advice = 'an argument that is not yours is of config.json, which may be of another version of timm-sot'
     elif type(error).__module__.partition('.')[0] in ('huggingface_hub', 'httpx', 'httpx2', 'requests'):
-        message = f'{WEIGHTS_FILE} could not be downloaded ({message})'
+        message = f'{file} could not be downloaded ({message})'
         advice = 'check that it is there and that your token may read it, or try again'
     error.args = (f'{source}: {message}; {advice}.',)
 

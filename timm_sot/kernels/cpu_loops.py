@@ -208,7 +208,8 @@ S15, S16 = np.uint32(15), np.uint32(16)
 
 @_jit()
 def _mix(h):
-    """A permutation of the 32-bit numbers that leaves no pattern (lowbias32, https://nullprogram.com/blog/2018/07/31)."""
+    """A permutation of the 32-bit numbers that leaves no pattern (lowbias32, https://nullprogram.com/blog/2018/07/31).
+    """
     h ^= h >> S16
     h = np.uint32(h * MIX_1)
     h ^= h >> S15
@@ -348,10 +349,10 @@ def _load(flat, start, stride, out, rows, columns):
 
 @_jit()
 def _place(flat, start, stride, scratch, rows, columns, whole):
-    """What a product reads or writes: rows that are `stride` apart where they lie, if they are `whole`, or `scratch`."""
+    """What a product reads or writes: rows that are `stride` apart where they lie if `whole`, else `scratch`."""
     if whole:
         return as_strided(flat[start:], (rows, columns), (stride * FLOAT_SIZE, FLOAT_SIZE))
-    return as_strided(scratch, scratch.shape, scratch.strides)
+    return as_strided(scratch, scratch.shape, scratch.strides)  # itself, but of the type that the other branch has
 
 
 @_jit()
@@ -786,7 +787,8 @@ def attention_backward(
     transposed = _matrix(W, R)
     kernel, sot, weights, grad, scratch = _matrix(R, R), _matrix(R, R), _matrix(R, R), _matrix(R, R), _matrix(R, R)
     row_factors, column_factors = _matrix(2 * iters, R), _matrix(2 * iters, R)
-    rows, columns = _matrix(iters, R), _matrix(iters + 1, R)  # scaling vectors after each iteration; columns' before too
+    # scaling vectors after each iteration, those of the columns also before the first
+    rows, columns = _matrix(iters, R), _matrix(iters + 1, R)
     a, b, grad_a, grad_b, sums, factor = _vector(R), _vector(R), _vector(R), _vector(R), _vector(R), _vector(R)
     x_inverse_norms, y_inverse_norms = _vector(R), _vector(R)
     start_b = ZERO if log else ONE

@@ -18,6 +18,7 @@ __all__ = ['distance_by_product', 'euclidean_distance']
 # than half a unit of float32 in the last place.
 NEGLIGIBLE = 1e-15
 TINY = 1e-300  # below all squares of float32
+WITHOUT_FLOAT64 = {'mps'}  # device types: Apple's GPUs refuse it
 
 
 @torch.library.custom_op('timm_sot::euclidean_distance', mutates_args=())
@@ -53,11 +54,11 @@ def _gradients(
         distance: torch.Tensor,
 ) -> Tuple[torch.Tensor, torch.Tensor]:
     """With w = grad / distance the gradient of x_i is sum_j w_ij (x_i - y_j): with a product, a difference of sums that
-    cancel for a small distance, hence float64.
+    cancel for a small distance, hence float64 where there is one.
     """
     dtype = x.dtype
     x, y = _centered(x, y)
-    weights = (grad / distance.masked_fill(distance == 0, float('inf'))).double()
+    weights = (grad / distance.masked_fill(distance == 0, float('inf'))).to(x.dtype)
     with torch.autocast(x.device.type, enabled=False):
         grad_x = weights.sum(dim=-1)[..., None] * x - weights @ y
         grad_y = weights.sum(dim=-2)[..., None] * y - weights.transpose(-2, -1) @ x
@@ -110,7 +111,7 @@ def _squares(x: torch.Tensor, y: torch.Tensor) -> Tuple[torch.Tensor, torch.Tens
 
 
 def _centered(x: torch.Tensor, y: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
-    """In float64, about the mean of y."""
-    y = y.double()
+    """About the mean of y, in float64 where the device has it."""
+    y = y if y.device.type in WITHOUT_FLOAT64 else y.double()
     mean = y.mean(dim=-2, keepdim=True)
     return x - mean, y - mean

@@ -472,8 +472,8 @@ def sot_attention_forward(
         distance: 'euclidean' or 'cosine'.
 
     Returns:
-        Output (B, H, N, D), and the scaling vectors of all iterations for the backward pass, (B * H, iters, 2, padded N)
-        in float32: their logarithms to base 2 where reg < SCALING_MIN_REG.
+        Output (B, H, N, D), and the scaling vectors of all iterations for the backward pass, (B * H, iters, 2, padded
+        N) in float32: their logarithms to base 2 where reg < SCALING_MIN_REG.
     """
     B, H, N, D = q.shape
     options = _specialize(q, operand, softmax, reg, dropout_p, distance)
@@ -505,7 +505,7 @@ def sot_attention_backward(
         seed: Optional[torch.Tensor] = None,
         distance: str = 'euclidean',
 ) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of `sot_attention_forward` for q, k and v, in their dtype; that of k has no elements for operand 'q'."""
+    """Gradients of `sot_attention_forward` for q, k and v, in their dtype; k's has no elements for operand 'q'."""
     B, H, N, D = q.shape
     options = _specialize(q, operand, softmax, reg, dropout_p, distance)
     q, v, grad_out = unit_stride(q), unit_stride(v), unit_stride(grad_out)

@@ -724,7 +724,7 @@ def sot_attention_backward(
         seed: Optional[torch.Tensor] = None,
         distance: str = 'euclidean',
 ) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of `sot_attention_forward` for q, k and v, in their dtype; that of k has no elements for operand 'q'."""
+    """Gradients of `sot_attention_forward` for q, k and v, in their dtype; k's has no elements for operand 'q'."""
     B, H, N, D = q.shape
     problem = _prepare(q, k, operand, reg, distance)
     v, grad_out = unit_stride(v), unit_stride(grad_out)
