@@ -1,4 +1,4 @@
-""" Compiles the Triton kernels for Hopper, without a GPU: python compile_kernels.py onchip|streamed
+""" Compiles the Triton kernels for Hopper, without a GPU: python compile_kernels.py onchip|shares|streamed
 
 Prints what each needs as JSON: registers, bytes of stack (what does not fit into registers) and of shared memory.
 """
@@ -14,7 +14,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from timm_sot.kernels import onchip, streamed
+from timm_sot.kernels import onchip, onchip_shares, streamed
 
 POINTERS = {torch.float32: '*fp32', torch.bfloat16: '*bf16', torch.float16: '*fp16'}
 INDICES = {'index_ptr', 'row_max_index_ptr', 'largest_i_ptr', 'largest_j_ptr'}
@@ -80,6 +80,19 @@ def onchip_needs():
             yield f'{way} {name}', needs(getattr(onchip, f'_{way}_kernel'), dtype, constants, **options)
 
 
+def shares_needs():
+    for name, N, D, dtype, dropout_p in (
+            ('bf16 64', 64, 64, torch.bfloat16, 0.1),
+            ('f32 64', 64, 64, torch.float32, 0.),
+            ('f32 128', 128, 64, torch.float32, 0.),
+            ('bf16 128', 128, 128, torch.bfloat16, 0.),
+    ):
+        constants = onchip_shares._specialize(torch.empty(1, 1, N, D, dtype=dtype), dropout_p)
+        for way in ('forward', 'backward'):
+            options = getattr(onchip, f'_{way}_config')(constants['BLOCK_N'], constants['BLOCK_D'], dtype)
+            yield f'{way} {name}', needs(getattr(onchip_shares, f'_{way}_kernel'), dtype, constants, **options)
+
+
 def streamed_needs():
     constants = dict(
         ADD=False, INIT=True, PLAN=True, SOFTMAX=True, DROPOUT=False, COSINE=False, PRECISION='tf32',
@@ -96,4 +109,5 @@ def streamed_needs():
 
 
 if __name__ == '__main__':
-    print(json.dumps(dict(onchip_needs() if sys.argv[1] == 'onchip' else streamed_needs())))
+    found = dict(onchip=onchip_needs, shares=shares_needs, streamed=streamed_needs)[sys.argv[1]]
+    print(json.dumps(dict(found())))

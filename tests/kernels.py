@@ -15,7 +15,7 @@ from timm_sot.kernels.threads import loops_work
 HAS_TRITON = importlib.util.find_spec('triton') is not None
 HAS_CUDA = torch.cuda.is_available()
 DEVICE = 'cuda' if HAS_CUDA else 'cpu'
-VARIANTS = [name for name in attention.VARIANTS if name != 'softmax']
+VARIANTS = [name for name, variant in attention.VARIANTS.items() if variant.operands]  # which have kernels
 
 # relative errors of the output and of the gradients that each dtype may have
 BARS = {torch.float32: (1e-5, 1e-4), torch.float16: (2e-3, 6e-3), torch.bfloat16: (1e-2, 3e-2)}
@@ -43,7 +43,7 @@ def make_inputs(B, H, N, D, dtype=torch.float32, scale=1., seed=0, device=DEVICE
 def settings(q, variant, reg=0.1, iters=10, p=0., distance='euclidean', scale=None):
     """The arguments of the implementations behind q, k and v."""
     seed = torch.tensor(123, device=q.device) if p else None
-    return (*attention.VARIANTS[variant], reg, iters, q.shape[-1] ** -0.5 if scale is None else scale, p, seed, distance)
+    return (*attention.VARIANTS[variant][:2], reg, iters, q.shape[-1] ** -0.5 if scale is None else scale, p, seed, distance)
 
 
 def run(path, q, k, v, grad, variant='sot_qk', **kwargs):

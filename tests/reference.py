@@ -123,6 +123,26 @@ def attention_weights(q, k, variant, reg=0.1, iters=10, tol=None, distance='eucl
     return weights / weights.sum(dim=-1, keepdim=True)
 
 
+def shares_attention_weights(q, k, log_reg, share, iters):
+    """Queries and keys (B, H, N, d), parameters of the heads (H, 1, 1) and (H, d, 1), to attention weights (B, H, N, N).
+
+    A plan whose rows have mass 1 and whose columns have N times softmax_j(w.k_j), columns first.
+    """
+    def head(q, k, log_reg, share):
+        L = (1. - cosine(q, k)) / log_reg.clamp_min(math.log(0.03)).exp()
+        u, v = -logsumexp(L, dim=1), torch.zeros(1, len(k), dtype=torch.float64)
+        if share is not None:
+            log_share = (k @ share).T - logsumexp((k @ share).T, dim=1) + math.log(len(q))
+            for _ in range(iters):
+                v = log_share - logsumexp(L + u, dim=0)
+                u = -logsumexp(L + v, dim=1)
+        return (L + u + v).exp()
+
+    q, k, log_reg = q.double(), k.double(), log_reg.double()
+    share = [None] * len(log_reg) if share is None else share.double()
+    return torch.stack([torch.stack([head(*each) for each in zip(*pair, log_reg, share)]) for pair in zip(q, k)])
+
+
 def error(actual, expected):
     """Largest error, as a part of the largest value that was expected. NaN if there is one."""
     assert actual.shape == expected.shape, f'{tuple(actual.shape)}, expected {tuple(expected.shape)}'

@@ -29,6 +29,13 @@ def test_onchip():
             assert need['stack'] <= 256, (name, need)
 
 
+def test_shares():
+    for name, need in needs('shares').items():
+        assert need['shared'] <= SHARED_MEMORY, (name, need)
+        if name == 'forward bf16 64':
+            assert need['stack'] <= 256, (name, need)
+
+
 def test_streamed():
     for name, need in needs('streamed').items():
         assert need['shared'] <= SHARED_MEMORY, (name, need)

@@ -15,7 +15,16 @@ import torch
 from .operands import dropout_numbers, empty_heads
 from .threads import share_out
 
-__all__ = ['MAX_TOKENS', 'empty_saved', 'sot_attention_forward', 'sot_attention_backward']
+__all__ = [
+    'MAX_TOKENS',
+    'empty_saved',
+    'flat',
+    'padded',
+    'seed_number',
+    'sot_attention_forward',
+    'sot_attention_backward',
+    'work',
+]
 
 # The matrices of one problem leave the cache long before, and the distance to softmax attention grows from 1.3 to 2
 # times its time; but this is the largest size that was measured.
@@ -28,11 +37,12 @@ MAX_KEPT_ITERS = 16
 SCALING_MIN_REG = 0.05
 
 
-def _padded(n: int) -> int:
+def padded(n: int) -> int:
+    """The next multiple of 16, to which the loops pad."""
     return (n + 15) // 16 * 16
 
 
-def _flat(x: torch.Tensor) -> Tuple[Any, Tuple[int, int, int]]:
+def flat(x: torch.Tensor) -> Tuple[Any, Tuple[int, int, int]]:
     """The memory of a (B, H, N, D) tensor with contiguous rows as a numpy vector in float32, and its strides."""
     x = x.detach().float()
     if x.stride(-1) != 1 and x.shape[-1] > 1:
@@ -45,7 +55,7 @@ def empty_saved(q: torch.Tensor, iters: int) -> torch.Tensor:
     """Room for what `sot_attention_forward` keeps."""
     B, H, N, _ = q.shape
     vectors = 2 * iters if iters <= MAX_KEPT_ITERS else 0
-    return q.new_empty(B * H, N + 1 + vectors, _padded(N), dtype=torch.float32)
+    return q.new_empty(B * H, N + 1 + vectors, padded(N), dtype=torch.float32)
 
 
 def _numbers(
@@ -69,13 +79,14 @@ def _numbers(
         iters <= MAX_KEPT_ITERS, dropout_p > 0.)
 
 
-def _work(q: torch.Tensor, iters: int) -> int:
+def work(q: torch.Tensor, iters: int) -> int:
     """Multiplications of a problem in the forward pass; in the backward pass there are about twice as many."""
     N, D = q.shape[-2:]
     return 2 * N * N * (D + iters)
 
 
-def _seed(seed: Optional[torch.Tensor]) -> Any:
+def seed_number(seed: Optional[torch.Tensor]) -> Any:
+    """The seed of dropout as a numpy vector of one number, which is not looked at where there is no dropout."""
     return (torch.zeros(1, dtype=torch.int64) if seed is None else seed.detach().reshape(1)).numpy()
 
 
@@ -106,8 +117,9 @@ def sot_attention_forward(
     saved = empty_saved(q, iters)
     numbers = _numbers(q, operand, softmax, reg, iters, scale, dropout_p, distance)
     share_out(
-        attention_forward, B * H, _work(q, iters),
-        H, *_flat(q), *_flat(q if operand == 'q' else k), *_flat(v), *_flat(out), saved.numpy(), _seed(seed), *numbers)
+        attention_forward, B * H, work(q, iters),
+        H, *flat(q), *flat(q if operand == 'q' else k), *flat(v), *flat(out), saved.numpy(), seed_number(seed),
+        *numbers)
     return out.to(q.dtype), saved
 
 
@@ -135,7 +147,7 @@ def sot_attention_backward(
     grad_k = grad_q if own else empty_heads(q, torch.float32)
     numbers = _numbers(q, operand, softmax, reg, iters, scale, dropout_p, distance)
     share_out(
-        attention_backward, B * H, 2 * _work(q, iters),
-        H, *_flat(q), *_flat(q if own else k), *_flat(v), *_flat(grad_out), saved.detach().numpy(), _seed(seed),
-        _flat(grad_q)[0], _flat(grad_k)[0], *_flat(grad_v), *numbers)
+        attention_backward, B * H, 2 * work(q, iters),
+        H, *flat(q), *flat(q if own else k), *flat(v), *flat(grad_out), saved.detach().numpy(), seed_number(seed),
+        flat(grad_q)[0], flat(grad_k)[0], *flat(grad_v), *numbers)
     return grad_q.to(q.dtype), q.new_empty(0) if own else grad_k.to(q.dtype), grad_v.to(q.dtype)

@@ -1,4 +1,4 @@
-""" The loops of `cpu` and `sinkhorn`, compiled by numba: one problem after another, every matrix of a problem in cache
+""" The loops of `cpu`, `cpu_shares` and `sinkhorn`, compiled by numba: one problem after another, its matrices in cache
 
 Importing this module needs numba. The first call compiles (seconds) and numba keeps the result next to this file or in
 the user's cache folder; where neither is writable, every process compiles anew. What numba keeps it takes to be of this
@@ -19,7 +19,14 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 from numpy.lib.stride_tricks import as_strided
 
-__all__ = ['attention_forward', 'attention_backward', 'sinkhorn_forward', 'sinkhorn_backward']
+__all__ = [
+    'attention_forward',
+    'attention_backward',
+    'shares_forward',
+    'shares_backward',
+    'sinkhorn_forward',
+    'sinkhorn_backward',
+]
 
 LANES = 16
 FLOAT_SIZE = 4  # bytes
@@ -896,6 +903,230 @@ def attention_backward(
             _store(other, grad_k, grad_start, grad_strides[2], N, D)
         if not whole_q:
             _store(result, grad_q, grad_start, grad_strides[2], N, D)
+
+
+# A plan with learned marginals
+
+@_jit()
+def _can_be_shared(log_shares, scale):
+    """Whether no logarithm of a share is NaN or inf, and the scale a positive number."""
+    wrong = 0 if ZERO < scale < INFINITY else 1
+    for j in range(log_shares.size):
+        wrong += 0 if log_shares[j] < INFINITY else 1
+    return wrong == 0
+
+
+@_fast
+def _cosine_kernel(cosines, kernel, shares, log_shares, N, scale):
+    """exp((cosine - 1) scale), 0 in the padded columns; and the shares."""
+    factor = scale * LOG2_E
+    for i in range(N):
+        source, target = cosines[i], kernel[i]
+        for j in range(source.size):
+            target[j] = _exp2((source[j] - ONE) * factor)
+        for j in range(N, source.size):
+            target[j] = ZERO
+    for j in range(N):
+        shares[j] = _exp2(log_shares[j] * LOG2_E)
+
+
+@_fast
+def _share_out_columns(inverse_sums, shares, b, N):
+    """Factors of the columns: what the shares are of the column sums, divided by their own sum, which cancels."""
+    total = ZERO
+    for j in range(N):
+        b[j] = shares[j] * inverse_sums[j]
+        total += b[j]
+    inverse = ONE / total
+    for j in range(N):
+        b[j] *= inverse
+
+
+@_fast
+def _rows_of_sum_one(kernel, b, weights, N):
+    """K b, each row divided by its sum."""
+    for i in range(N):
+        source, target = kernel[i], weights[i]
+        total = ZERO
+        for j in range(source.size):
+            target[j] = source[j] * b[j]
+            total += target[j]
+        inverse = ONE / total
+        for j in range(source.size):
+            target[j] *= inverse
+
+
+@_fast
+def _rows_of_sum_one_backward(weights, grad, grad_b, N):
+    """Gradient of the weights to that of the logarithms of K, in place, and of b."""
+    _fill(grad_b, ZERO)
+    for i in range(N):
+        w, g = weights[i], grad[i]
+        delta = ZERO
+        for j in range(g.size):
+            delta += w[j] * g[j]
+        for j in range(g.size):
+            g[j] = w[j] * (g[j] - delta)
+            grad_b[j] += g[j]
+
+
+@_reordered
+def _cosine_kernel_backward(cosines, grad, N, scale):
+    """Gradient of log K to that of the cosines, in place; returns that of the scale."""
+    total = ZERO
+    for i in range(N):
+        c, g = cosines[i], grad[i]
+        for j in range(g.size):
+            total += g[j] * (c[j] - ONE)
+            g[j] *= scale
+    return total
+
+
+@_kept(error_model='numpy')
+def shares_forward(
+        first, last, heads, q, q_strides, k, k_strides, v, v_strides, out, out_strides, cosines, scales, log_shares,
+        seed, N, D, iters, drop_below, keep_factor, dropout):
+    """Problems `first` to `last` of `cpu_shares.shares_forward`."""
+    R, W = _padded(N), _padded(D)
+    x, y, values, result = _matrix(R, W), _matrix(R, W), _matrix(R, W), _matrix(R, W)
+    y_transposed = _matrix(W, R)
+    kernel, weights = _matrix(R, R), _matrix(R, R)
+    a, b, inverse_sums, sums, shares, factor = _vector(R), _vector(R), _vector(R), _vector(R), _vector(R), _vector(R)
+    inverse_norms = _vector(R)
+    whole = N == R and D == W
+    for problem in range(first, last):
+        batch, head = problem // heads, problem % heads
+        scale, of_tokens, kept = scales[head], log_shares[problem], cosines[problem]
+        _load(q, _start(q_strides, batch, head), q_strides[2], x, N, D)
+        _load(k, _start(k_strides, batch, head), k_strides[2], y, N, D)
+        start = _start(out_strides, batch, head)
+        if not (_all_finite(x) and _all_finite(y) and _can_be_shared(of_tokens, scale)):
+            _fill_rows(result, NAN)
+            _store(result, out, start, out_strides[2], N, D)
+            continue
+        _to_unit_rows(x, inverse_norms, N)
+        _to_unit_rows(y, inverse_norms, N)
+        _transpose(y, y_transposed)
+        _prefetch_rows(q, q_strides, problem + 1, last, heads, N, D)
+        _dot(x, y_transposed, weights, R, R, D)
+        for i in range(N):
+            _copy(weights[i], kept[i])
+
+        _prefetch_rows(k, k_strides, problem + 1, last, heads, N, D)
+        _cosine_kernel(kept, kernel, shares, of_tokens, N, scale)
+        _fill(b[:N], ONE)
+        for t in range(iters):
+            _copy(b, inverse_sums)
+            _iterate(kernel, a, inverse_sums, sums, N, N, ONE, ONE)
+            _share_out_columns(inverse_sums, shares, b, N)
+        _prefetch_rows(v, v_strides, problem + 1, last, heads, N, D)
+        _rows_of_sum_one(kernel, b, weights, N)
+        if dropout:
+            for i in range(N):
+                _dropout_row(factor, seed[0], problem * N + i, drop_below, keep_factor)
+                _multiply(weights[i], factor, weights[i])
+
+        _load(v, _start(v_strides, batch, head), v_strides[2], values, N, D)
+        _dot(weights, values, _place(out, start, out_strides[2], result, N, D, whole), R, W, N)
+        if not whole:
+            _store(result, out, start, out_strides[2], N, D)
+
+
+@_kept(error_model='numpy')
+def shares_backward(
+        first, last, heads, q, q_strides, k, k_strides, v, v_strides, grad_out, grad_out_strides, cosines, scales,
+        log_shares, seed, grad_q, grad_k, grad_v, grad_strides, grad_scales, grad_log_shares,
+        N, D, iters, drop_below, keep_factor, dropout):
+    """Problems `first` to `last` of `cpu_shares.shares_backward`."""
+    R, W = _padded(N), _padded(D)
+    x, y, upstream, result = _matrix(R, W), _matrix(R, W), _matrix(R, W), _matrix(R, W)
+    transposed = _matrix(W, R)
+    kernel, weights, grad, scratch = _matrix(R, R), _matrix(R, R), _matrix(R, R), _matrix(R, R)
+    row_factors, column_factors = _matrix(2 * iters, R), _matrix(2 * iters, R)
+    # of each iteration: factors of the columns before it and of the rows, inverse sums of the columns
+    columns, rows, inverses = _matrix(iters + 1, R), _matrix(iters, R), _matrix(iters, R)
+    a, inverse_sums, grad_a, grad_b = _vector(R), _vector(R), _vector(R), _vector(R)
+    sums, shares, factor = _vector(R), _vector(R), _vector(R)
+    x_inverse_norms, y_inverse_norms = _vector(R), _vector(R)
+    whole = N == R and D == W
+    for problem in range(first, last):
+        batch, head = problem // heads, problem % heads
+        scale, of_tokens, kept = scales[head], log_shares[problem], cosines[problem]
+        grad_start = _start(grad_strides, batch, head)
+        _load(q, _start(q_strides, batch, head), q_strides[2], x, N, D)
+        _load(k, _start(k_strides, batch, head), k_strides[2], y, N, D)
+        _load(grad_out, _start(grad_out_strides, batch, head), grad_out_strides[2], upstream, N, D)
+        known = _all_finite(x) and _all_finite(y) and _can_be_shared(of_tokens, scale)
+        if not known:
+            _fill_rows(result, NAN)
+            _store(result, grad_v, grad_start, grad_strides[2], N, D)
+        else:
+            # the matrices of the forward pass
+            _prefetch_rows(q, q_strides, problem + 1, last, heads, N, D)
+            _to_unit_rows(x, x_inverse_norms, N)
+            _to_unit_rows(y, y_inverse_norms, N)
+            _cosine_kernel(kept, kernel, shares, of_tokens, N, scale)
+            _fill(columns[0][:N], ONE)
+            for t in range(iters):
+                _copy(columns[t], inverse_sums)
+                _iterate(kernel, a, inverse_sums, sums, N, N, ONE, ONE)
+                _copy(a, rows[t])
+                _copy(inverse_sums, inverses[t])
+                _share_out_columns(inverse_sums, shares, columns[t + 1], N)
+            _rows_of_sum_one(kernel, columns[iters], weights, N)
+
+            # out = dropout(weights) v
+            _prefetch_rows(k, k_strides, problem + 1, last, heads, N, D)
+            _load_transposed(v, _start(v_strides, batch, head), v_strides[2], transposed, N, D)
+            _dot(upstream, transposed, grad, R, R, D)
+            known = _all_finite(grad)
+            target = _place(grad_v, grad_start, grad_strides[2], result, N, D, whole)
+            if dropout:
+                for i in range(N):
+                    _dropout_row(factor, seed[0], problem * N + i, drop_below, keep_factor)
+                    _multiply(grad[i], factor, grad[i])
+                    _multiply(weights[i], factor, scratch[i])
+                _dot(scratch.T, upstream, target, R, W, N)
+            else:
+                _dot(weights.T, upstream, target, R, W, N)
+            if not whole:
+                _store(result, grad_v, grad_start, grad_strides[2], N, D)
+        of_shares = grad_log_shares[problem]
+        if not known:
+            _fill_rows(result, NAN)
+            _store(result, grad_k, grad_start, grad_strides[2], N, D)
+            _store(result, grad_q, grad_start, grad_strides[2], N, D)
+            _fill(of_shares, NAN)
+            grad_scales[problem] = NAN
+            continue
+
+        _prefetch_rows(v, v_strides, problem + 1, last, heads, N, D)
+        _rows_of_sum_one_backward(weights, grad, grad_b, N)
+        _fill(of_shares, ZERO)
+        for t in range(iters - 1, -1, -1):
+            for j in range(N):
+                of_shares[j] += grad_b[j]
+            _fill(grad_a, ZERO)
+            _iterate_backward(
+                kernel, rows[t], inverses[t], columns[t], grad_a, grad_b,
+                row_factors[2 * t], row_factors[2 * t + 1], column_factors[2 * t], column_factors[2 * t + 1],
+                sums, N, ONE, ONE)
+        if iters > 0:
+            _dot(row_factors.T, column_factors, scratch, R, R, 2 * iters)
+            _subtract_product(grad, kernel, scratch, grad, N)
+        _prefetch_rows(grad_out, grad_out_strides, problem + 1, last, heads, N, D)
+        grad_scales[problem] = _cosine_kernel_backward(kept, grad, N, scale)
+
+        target = _place(grad_q, grad_start, grad_strides[2], result, N, D, whole)
+        _dot(grad, y, target, R, W, N)
+        _unit_rows_backward(target, x, x_inverse_norms, N)
+        if not whole:
+            _store(result, grad_q, grad_start, grad_strides[2], N, D)
+        target = _place(grad_k, grad_start, grad_strides[2], result, N, D, whole)
+        _dot(grad.T, x, target, R, W, N)
+        _unit_rows_backward(target, y, y_inverse_norms, N)
+        if not whole:
+            _store(result, grad_k, grad_start, grad_strides[2], N, D)
 
 
 # The iterations on a log-kernel by themselves

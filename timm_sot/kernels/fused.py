@@ -13,7 +13,7 @@ from typing import Optional, Tuple
 import torch
 
 from . import cpu
-from .operands import check_one_device, empty_gradients, empty_heads
+from .operands import check_one_device, empty_gradients, empty_heads, refuse_second_derivative
 from .threads import loops_work
 
 __all__ = ['choose_path', 'fused_sot_attention']
@@ -194,11 +194,5 @@ def _differentiate(ctx, grad_out, _):
     return grad_q, None if no_keys else grad_k, grad_v, *[None] * 9
 
 
-def _refuse(ctx, *grads):
-    raise RuntimeError(
-        'Fused SOT attention has no second derivative. Set fused_attn of the attention layers to False (or call '
-        'timm.layers.set_fused_attn(False) before the model is created) to differentiate twice.')
-
-
 _forward.register_autograd(_differentiate, setup_context=_setup_context)
-_backward.register_autograd(_refuse)
+_backward.register_autograd(refuse_second_derivative)

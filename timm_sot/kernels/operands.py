@@ -3,7 +3,15 @@ from typing import Optional, Tuple
 
 import torch
 
-__all__ = ['check_one_device', 'dropout_numbers', 'empty_gradients', 'empty_heads', 'matched_points', 'unit_stride']
+__all__ = [
+    'check_one_device',
+    'dropout_numbers',
+    'empty_gradients',
+    'empty_heads',
+    'matched_points',
+    'refuse_second_derivative',
+    'unit_stride',
+]
 
 
 def check_one_device(*tensors: torch.Tensor) -> None:
@@ -39,3 +47,10 @@ def dropout_numbers(p: float, lowest: int = 0) -> Tuple[int, float]:
     """What a weight's 32-bit random number, from `lowest` on, is to reach for it to be kept, and the factor on it then.
     """
     return lowest + min(int(p * 2 ** 32), 2 ** 32 - 1), 1. / (1. - p) if p < 1. else 0.
+
+
+def refuse_second_derivative(ctx, *grads) -> None:
+    """For the autograd of a backward pass."""
+    raise RuntimeError(
+        'Fused SOT attention has no second derivative. Set fused_attn of the attention layers to False (or call '
+        'timm.layers.set_fused_attn(False) before the model is created) to differentiate twice.')

@@ -21,7 +21,7 @@ import torch
 from .operands import check_one_device
 from .threads import loops_work, share_out
 
-__all__ = ['loops_pay', 'scaling_is_safe', 'sinkhorn']
+__all__ = ['loops_pay', 'scaling_is_safe', 'sinkhorn', 'sum_columns', 'sum_rows']
 
 TORCH_GRAIN = 2 ** 15  # elements from which on torch shares out an operation among threads
 
@@ -173,19 +173,20 @@ def _run_loops(
     return out
 
 
-# (P, N, M), (P, 1, M) -> (P, N, 1) and (P, N, 1), (P, N, M) -> (P, 1, M). A product with one column or row is the
-# fastest on the CPU; elsewhere it might be rounded to TensorFloat-32.
+# A product with one column or row is the fastest on the CPU; elsewhere it might be rounded to TensorFloat-32.
 
-def _sum_rows(kernel: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+def sum_rows(kernel: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """K b, (..., N, M), (..., 1, M) -> (..., N, 1)."""
     if kernel.device.type == 'cpu':
-        return torch.bmm(kernel, b.transpose(1, 2))
-    return (kernel * b).sum(dim=2, keepdim=True)
+        return kernel @ b.transpose(-2, -1)
+    return (kernel * b).sum(dim=-1, keepdim=True)
 
 
-def _sum_columns(a: torch.Tensor, kernel: torch.Tensor) -> torch.Tensor:
+def sum_columns(a: torch.Tensor, kernel: torch.Tensor) -> torch.Tensor:
+    """a^T K, (..., N, 1), (..., N, M) -> (..., 1, M)."""
     if kernel.device.type == 'cpu':
-        return torch.bmm(a.transpose(1, 2), kernel)
-    return (a * kernel).sum(dim=1, keepdim=True)
+        return a.transpose(-2, -1) @ kernel
+    return (a * kernel).sum(dim=-2, keepdim=True)
 
 
 def _iterate(
@@ -202,8 +203,8 @@ def _iterate(
     rows, columns = [], [kernel.new_full((P, 1, M), 1. if scaling else 0.)]
     for _ in range(iters):
         if scaling:
-            rows.append(math.exp(log_r) / _sum_rows(kernel, columns[-1]))
-            columns.append(math.exp(log_c) / _sum_columns(rows[-1], kernel))
+            rows.append(math.exp(log_r) / sum_rows(kernel, columns[-1]))
+            columns.append(math.exp(log_c) / sum_columns(rows[-1], kernel))
         else:
             rows.append(log_r - torch.logsumexp(kernel + columns[-1], dim=2, keepdim=True))
             columns.append(log_c - torch.logsumexp(kernel + rows[-1], dim=1, keepdim=True))
@@ -225,10 +226,10 @@ def _backward(
         a, b, b_before = rows[t], columns[t + 1], columns[t]
         column_factors.append(grad_v * b / c)
         row_factors.append(a)
-        grad_u = grad_u - a * _sum_rows(kernel, column_factors[-1])
+        grad_u = grad_u - a * sum_rows(kernel, column_factors[-1])
         row_factors.append(grad_u * a / r)
         column_factors.append(b_before)
-        grad_v = -b_before * _sum_columns(row_factors[-1], kernel)
+        grad_v = -b_before * sum_columns(row_factors[-1], kernel)
         grad_u = 0.
     product = torch.bmm(torch.cat(row_factors, dim=2), torch.cat(column_factors, dim=1))
     return torch.addcmul(grad, product, kernel, value=-1.)

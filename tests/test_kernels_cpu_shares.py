@@ -1,0 +1,52 @@
+""" The fused loops for the CPU, of learned marginals """
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from shares import assert_close, expected, inputs, run
+from timm_sot.kernels import threads
+from timm_sot.kernels.cpu_shares import empty_saved
+from timm_sot.kernels.threads import loops_work
+
+pytestmark = pytest.mark.skipif(not loops_work(), reason='needs numba')
+
+
+class NothingIsRead(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func is not torch.ops.aten._local_scalar_dense.default, 'a value was read'
+        return func(*args, **kwargs or {})
+
+
+def test_more_tokens():
+    tensors = inputs('cpu', 1, 1, 197, 64)
+    assert_close(run('cpu', *tensors), expected(*tensors))
+
+
+def test_dropout_keeps_the_mean():
+    q, k, v, *learned, grad = inputs('cpu', 1, 1, 16, 16)
+    whole = run('cpu', q, k, v, *learned, grad)[0]
+    mean = torch.stack([run('cpu', q, k, v, *learned, grad, p=0.5)[0] for _ in range(2000)]).mean(0)
+    assert (mean - whole).abs().max() < 0.1 * v.abs().max()
+    assert run('cpu', q, k, v, *learned, grad, p=1.)[0].count_nonzero() == 0
+
+
+def test_threads(monkeypatch):
+    tensors = inputs('cpu', 5, 3, 33, 16)
+    once = run('cpu', *tensors)
+    monkeypatch.setattr(threads, 'LEAST_WORK', 1)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(4)
+        assert all(map(torch.equal, run('cpu', *tensors), once))
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_no_value_is_read():
+    with NothingIsRead():
+        run('cpu', *inputs('cpu', 2, 2, 16, 16), p=0.1)
+
+
+def test_what_is_kept_does_not_grow_with_the_iterations():
+    q = torch.empty(2, 3, 20, 8)
+    assert empty_saved(q, 1).shape == empty_saved(q, 100).shape == (6, 20, 32)

@@ -1,0 +1,129 @@
+""" Attention by a transport plan with learned marginals as one operator
+
+The kernel of the plan is exp((cos(q_i, k_j) - 1) scale), with a scale for each head; its rows have equal masses and its
+columns given ones, the shares. `cpu_shares` and `onchip_shares` compute it.
+
+With P the weights, rows of which sum to 1, and G the gradient of log P, that of log K is
+
+    G - P (row sums of G)  and, from the last iteration to the first, with a and b before it and d = 1 / (a^T K),
+    column = d (gradient of log b),    gradient of log a = -a (K column),    row = a (gradient of log a)
+    gradient of log b before = -b (row^T K),    gradient of log K -= K (a column^T + row b^T)
+
+and the gradient of the logarithm of a share that of log b, summed over iterations. The factors b are divided by their
+sum in each, which cancels.
+"""
+import functools
+import importlib
+from types import ModuleType
+from typing import Optional, Tuple
+
+import torch
+
+from .operands import check_one_device, empty_heads, refuse_second_derivative
+
+__all__ = ['PATHS', 'fused_shares_attention']
+
+# Of what `fused.choose_path` answers, where there is an implementation: `streamed` has none.
+PATHS = {'cpu': 'cpu_shares', 'onchip': 'onchip_shares'}
+
+
+@functools.lru_cache(maxsize=None)
+def _implementation(path: str) -> ModuleType:
+    return importlib.import_module(f'{__package__}.{PATHS[path]}')
+
+
+def fused_shares_attention(
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        scale: torch.Tensor,
+        log_shares: torch.Tensor,
+        iters: int,
+        dropout_p: float,
+        path: str,
+) -> torch.Tensor:
+    """Output of the attention, (B, H, N, D) as q, k and v, in the dtype of the values.
+
+    Args:
+        q: Queries.
+        k: Keys.
+        v: Values; the queries and keys are taken in their dtype.
+        scale: Factor on the cosines for each head, (H,), in float32, at most 40.
+        log_shares: Logarithms of the shares of the tokens, (B, H, N), in float32.
+        iters: Number of Sinkhorn iterations; 0 for softmax.
+        dropout_p: Dropout probability of the weights, see `fused.fused_sot_attention`.
+        path: A key of PATHS.
+    """
+    q, k = q.to(v.dtype), k.to(v.dtype)  # under autocast a norm of the queries and keys widens them, but not the values
+    seed = torch.randint(2 ** 62, (), device=q.device) if dropout_p > 0. else None
+    out, _ = torch.ops.timm_sot.shares_attention(q, k, v, scale, log_shares, iters, dropout_p, seed, path)
+    return out
+
+
+@torch.library.custom_op('timm_sot::shares_attention', mutates_args=())
+def shares_attention(
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        scale: torch.Tensor,
+        log_shares: torch.Tensor,
+        iters: int,
+        dropout_p: float,
+        seed: Optional[torch.Tensor],
+        path: str,
+) -> Tuple[torch.Tensor, torch.Tensor]:
+    """The output, and what the backward pass needs."""
+    with torch.cuda.device_of(q):  # Triton launches on the current GPU
+        return _implementation(path).shares_forward(q, k, v, scale, log_shares, iters, dropout_p, seed)
+
+
+@shares_attention.register_fake
+def _(q, k, v, scale, log_shares, iters, dropout_p, seed, path):
+    check_one_device(q, k, v, scale, log_shares)
+    return empty_heads(q), _implementation(path).empty_saved(q, iters)
+
+
+@torch.library.custom_op('timm_sot::shares_attention_backward', mutates_args=())
+def shares_attention_backward(
+        grad_out: torch.Tensor,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        scale: torch.Tensor,
+        log_shares: torch.Tensor,
+        saved: torch.Tensor,
+        iters: int,
+        dropout_p: float,
+        seed: Optional[torch.Tensor],
+        path: str,
+) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients for q, k and v, in their dtype, and for the scale and the logarithms of the shares."""
+    with torch.cuda.device_of(q):
+        *grads, grad_scale, grad_log_shares = _implementation(path).shares_backward(
+            grad_out, q, k, v, scale, log_shares, saved, iters, dropout_p, seed)
+    return *grads, grad_scale.sum(0), grad_log_shares
+
+
+@shares_attention_backward.register_fake
+def _(grad_out, q, k, v, scale, log_shares, saved, iters, dropout_p, seed, path):
+    check_one_device(grad_out, q, k, v, scale, log_shares, saved)
+    return *(empty_heads(q) for _ in range(3)), scale.new_empty(scale.shape), log_shares.new_empty(log_shares.shape)
+
+
+def _setup_context(ctx, inputs, output):
+    *tensors, ctx.iters, ctx.dropout_p, seed, ctx.path = inputs
+    _, saved = output
+    ctx.save_for_backward(*tensors, saved, seed)
+    ctx.mark_non_differentiable(saved)
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx, grad_out, _):
+    *tensors, seed = ctx.saved_tensors
+    grads = torch.ops.timm_sot.shares_attention_backward(
+        grad_out, *tensors, ctx.iters, ctx.dropout_p, seed, ctx.path)
+    return *grads, None, None, None, None
+
+
+shares_attention.register_autograd(_differentiate, setup_context=_setup_context)
+shares_attention_backward.register_autograd(refuse_second_derivative)
