@@ -15,15 +15,20 @@ import torch._inductor.config
 from safetensors.torch import load_file
 from timm.layers import Attention
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import reference
 from reference import error
 from timm_sot import SOTAttention
-from timm_sot.attention import VARIANTS
+from timm_sot.attention import VARIANTS, shares_attention_weights
+from timm_sot.kernels.threads import loops_work
 
 GOLDEN = load_file(Path(__file__).parent / 'golden' / 'sot_attention.safetensors')
+# whose weights have no parameters
 ALL = ['softmax', 'sot_q', 'sot_q_nosoftmax', 'sot_qk', 'sot_qk_nosoftmax', 'sot_qkt']
 SOT = ALL[1:]
+EVERY = [*ALL, 'sot_shares']
+needs_loops = pytest.mark.skipif(not loops_work(), reason='needs numba')
 
 # The constructor of timm's Attention, as SOTAttention knows it, and what to try of it in the installed timm
 ATTENTION_PARAMETERS = {
@@ -75,7 +80,7 @@ def watch(layer):
 
 
 def test_table_of_variants():
-    assert list(VARIANTS) == ALL
+    assert list(VARIANTS) == EVERY
 
 
 # The golden file: what the code of the experiments computed
@@ -166,7 +171,7 @@ def test_permutation_equivariance(variant):
 
 # The weights
 
-@pytest.mark.parametrize('variant', ALL)
+@pytest.mark.parametrize('variant', EVERY)
 def test_row_sums_and_range(variant):
     layer = make_layer(variant)
     seen = watch(layer)
@@ -182,7 +187,7 @@ def test_row_sums_and_range(variant):
 
 
 @pytest.mark.parametrize('fused', [False, True])
-@pytest.mark.parametrize('variant', ALL)
+@pytest.mark.parametrize('variant', EVERY)
 def test_weights_pass_through_attn_drop(variant, fused):
     layer = make_layer(variant)
     layer.fused_attn = fused
@@ -202,7 +207,7 @@ def test_weights_pass_through_attn_drop(variant, fused):
         assert error(out, layer.proj(layer.qkv(x)[..., 64:])) < 1e-5, 'what the hook returned was not used'
 
 
-@pytest.mark.parametrize('variant', ALL)
+@pytest.mark.parametrize('variant', EVERY)
 def test_dropout(variant):
     x = make_tokens()
     layer = make_layer(variant, attn_drop=0.5)
@@ -282,7 +287,7 @@ def test_a_mask_leaves_no_weight_in_float16():
     dict(attn_mask=torch.ones(16, 16, dtype=torch.bool)),
     dict(is_causal=True),
 ])
-@pytest.mark.parametrize('variant', SOT)
+@pytest.mark.parametrize('variant', EVERY[1:])
 def test_masks_are_refused_by_sot_variants(variant, mask):
     layer = make_layer(variant)
     with pytest.raises(NotImplementedError, match="attn_mask and is_causal are supported by variant 'softmax' only"):
@@ -333,7 +338,7 @@ def test_autocast(variant, distance, dtype):
 @pytest.mark.parametrize('how', ['constructor', 'set_variant'])
 @pytest.mark.parametrize('name, value, works', [
     ('variant', 'sot', "is unknown; choose one of ('softmax', 'sot_q', 'sot_q_nosoftmax', 'sot_qk', "
-                       "'sot_qk_nosoftmax', 'sot_qkt')"),
+                       "'sot_qk_nosoftmax', 'sot_qkt', 'sot_shares')"),
     ('variant', 'sot_qkt_nosoftmax', 'is unknown; choose one of'),
     *(('reg', value, 'must be a positive finite number; 0.1 is the default') for value in (
         0, -1., math.inf, math.nan, '0.1', None)),
@@ -375,6 +380,8 @@ def test_qkt_needs_as_many_tokens_as_channels(tokens):
 def test_extra_repr(variant):
     shown = repr(make_layer(variant, reg=0.3, iters=7, tol=0.01, distance='cosine'))
     assert f'variant={variant!r}' in shown
+    assert repr(make_layer('sot_shares', reg=0.3, iters=7)).startswith(
+        "SOTAttention(\n  variant='sot_shares', reg=0.3, iters=7\n")
     settings = "reg=0.3, iters=7, tol=0.01, distance='cosine'"
     assert (settings in shown) == (variant != 'softmax'), 'softmax has no settings of its own'
 
@@ -391,9 +398,9 @@ def saved(layer):
 
 
 @pytest.mark.parametrize('duplicate', [copy.deepcopy, pickled, saved])
-@pytest.mark.parametrize('variant', ALL)
+@pytest.mark.parametrize('variant', EVERY)
 def test_copies(variant, duplicate):
-    layer = make_layer(variant, reg=0.3, iters=3, tol=0.01, distance='cosine')
+    layer = make_layer(variant, reg=0.3, iters=3, tol=None if variant == 'sot_shares' else 0.01, distance='cosine')
     twin = duplicate(layer)
     assert type(twin) is SOTAttention and repr(twin) == repr(layer)
     assert torch.equal(twin(make_tokens()), layer(make_tokens()))
@@ -416,8 +423,10 @@ def output_and_gradients(layer, x):
 
 @pytest.mark.filterwarnings('ignore:.*torch.jit')
 @pytest.mark.parametrize('kwargs', [{}, dict(tol=0.1), dict(distance='cosine')], ids=str)
-@pytest.mark.parametrize('variant', ALL)
+@pytest.mark.parametrize('variant', EVERY)
 def test_torchscript(variant, kwargs):
+    if variant == 'sot_shares':
+        kwargs = dict(iters=0 if 'tol' in kwargs else 5)  # it knows no tol
     layer = make_layer(variant, reg=0.3, **kwargs)
     scripted = torch.jit.script(layer)
     for x in (make_tokens(), make_tokens(batch=1, seed=1)):
@@ -427,7 +436,7 @@ def test_torchscript(variant, kwargs):
 
 
 @pytest.mark.parametrize('kwargs', [{}, dict(distance='cosine')], ids=str)
-@pytest.mark.parametrize('variant', ALL)
+@pytest.mark.parametrize('variant', EVERY)
 def test_compile_without_graph_breaks(variant, kwargs):
     torch._dynamo.reset()
     layer = make_layer(variant, **kwargs)
@@ -452,7 +461,7 @@ def test_compile_unfused_with_inductor():
             assert error(actual, value) < 1e-5
 
 
-@pytest.mark.parametrize('variant', ALL)
+@pytest.mark.parametrize('variant', EVERY)
 def test_meta_device(variant):
     layer = SOTAttention(32, 2, variant=variant, device='meta')
     assert all(p.is_meta for p in layer.parameters())
@@ -477,3 +486,179 @@ def test_compile_under_autocast():
         expected, out = layer(make_tokens()), compiled(make_tokens())
     assert out.dtype == torch.bfloat16
     assert error(out, expected) < 1e-6
+
+
+# 'sot_shares', which learns
+
+def shares_layer(share=0.3, dtype=torch.float32, iters=5, **kwargs):
+    """A layer whose heads have learned regularizations and shares."""
+    layer = make_layer('sot_shares', dtype=dtype, iters=iters, **kwargs)
+    with torch.no_grad():
+        layer.log_reg.copy_(torch.tensor([0.1, 0.3]).log().view(2, 1, 1))
+        if layer.share is not None:
+            layer.share.mul_(share / 0.2)
+    return layer
+
+
+def shares_reference(layer, seen):
+    """Weights of a layer in float64, and what their gradients go to: queries, keys and what is learned."""
+    inputs = [seen[name].detach().double().requires_grad_() for name in 'qk']
+    inputs += [p.detach().double().requires_grad_() for p in (layer.log_reg, layer.share) if p is not None]
+    return reference.shares_attention_weights(*inputs, *[None] * (4 - len(inputs)), iters=layer.iters), inputs
+
+
+@pytest.mark.parametrize('share', [0., 0.3, 3.])
+@pytest.mark.parametrize('iters', [0, 1, 5, 30])
+def test_shares_equal_reference(iters, share):
+    layer = shares_layer(share, iters=iters)
+    seen = watch(layer)
+    out = layer(make_tokens())
+    for name in ('q', 'k', 'weights'):
+        seen[name].retain_grad()
+    out.square().sum().backward()
+    expected, inputs = shares_reference(layer, seen)
+    assert error(seen['weights'], expected) < 1e-5
+    expected.backward(seen['weights'].grad.double())
+    ours = [seen['q'].grad, seen['k'].grad, layer.log_reg.grad, *([layer.share.grad] if iters else [])]
+    for actual, wanted in zip(ours, inputs, strict=True):
+        assert error(actual, wanted.grad) < 1e-4
+
+
+@needs_loops
+@pytest.mark.parametrize('iters', [0, 5])
+@pytest.mark.parametrize('dtype, bars', [(torch.float32, (1e-5, 1e-4)), (torch.bfloat16, (2e-2, 6e-2))])
+def test_shares_run_in_the_loops(dtype, bars, iters):
+    called = []
+
+    class Record(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            called.append(func)
+            return func(*args, **kwargs or {})
+
+    results = []
+    for fused in (True, False):
+        layer = shares_layer(dtype=dtype, iters=iters)
+        layer.fused_attn = fused
+        with Record():
+            results.append(output_and_gradients(layer, make_tokens().to(dtype)))
+        assert (torch.ops.timm_sot.shares_attention.default in called) == fused
+        called.clear()
+    for i, (actual, wanted) in enumerate(zip(*results)):
+        assert error(actual, wanted) < bars[i > 0]
+
+
+def test_shares_begin_equal_and_with_reg():
+    layer = SOTAttention(32, 2, variant='sot_shares', reg=0.2, iters=40)
+    assert torch.equal(layer.log_reg, torch.full((2, 1, 1), math.log(0.2))) and not layer.share.any()
+    seen = watch(layer.eval())
+    layer(make_tokens())
+    # columns of equal shares: a doubly stochastic matrix
+    torch.testing.assert_close(seen['weights'].sum(-2), torch.ones(2, 2, 16))
+    nn.init.ones_(layer.log_reg)
+    nn.init.ones_(layer.share)
+    layer.reset_parameters()
+    assert torch.equal(layer.log_reg, torch.full((2, 1, 1), math.log(0.2))) and not layer.share.any()
+
+
+def test_columns_get_their_shares():
+    layer = shares_layer(iters=200)
+    seen = watch(layer)
+    layer(make_tokens())
+    shares = (seen['k'] @ layer.share).softmax(dim=-2).squeeze(-1)
+    assert shares.max() > 2 * shares.min()
+    torch.testing.assert_close(seen['weights'].mean(-2), shares, rtol=1e-3, atol=1e-6)
+    few = shares_layer(iters=5)
+    seen = watch(few)
+    few(make_tokens())
+    assert 1e-4 < (seen['weights'].mean(-2) / shares - 1).abs().max() < 0.2, 'near, as the docstring says'
+
+
+def test_without_iterations_it_is_softmax():
+    layer = shares_layer(iters=0)
+    assert layer.share is None and 'share' not in layer.state_dict()
+    seen = watch(layer)
+    layer(make_tokens())
+    cosines = torch.cosine_similarity(seen['q'].unsqueeze(-2), seen['k'].unsqueeze(-3), dim=-1)
+    torch.testing.assert_close(seen['weights'], (cosines / layer.log_reg.exp()).softmax(-1))
+
+
+@pytest.mark.parametrize('log_reg', [-1e4, math.log(0.03), 0., 10., 80.])
+@pytest.mark.parametrize('share', [0., 1., 1e3, 1e30])
+@pytest.mark.parametrize('scale', [1e-4, 1., 1e4])
+def test_shares_at_the_ends_of_their_range(scale, share, log_reg):
+    """One key like the queries and all others opposite, equal tokens and zero ones: what a kernel can be at worst."""
+    x = torch.randn(1, 1, 1, 8, generator=torch.Generator().manual_seed(0))
+    q = torch.cat([x.expand(1, 1, 14, 8), torch.zeros(1, 1, 2, 8)], 2) * scale
+    k = torch.cat([x, -x.expand(1, 1, 13, 8), torch.zeros(1, 1, 2, 8)], 2) * scale
+    leaves = [y.clone().requires_grad_() for y in (
+        q, k, torch.full((1, 1, 1), log_reg), torch.full((1, 8, 1), float(share)))]
+    weights = shares_attention_weights(*leaves, 5)
+    (weights * torch.arange(256.).view(16, 16)).sum().backward()
+    torch.testing.assert_close(weights.sum(-1), torch.ones(1, 1, 16))
+    expected = reference.shares_attention_weights(*(y.double() for y in leaves), iters=5)
+    assert error(weights.detach(), expected.detach()) < 1e-3
+    for leaf in leaves[:3]:
+        assert leaf.grad.isfinite().all()
+    assert leaves[3].grad.isfinite().all()
+
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16, torch.float64])
+def test_shares_in_other_dtypes(dtype):
+    layer = shares_layer(dtype=dtype)
+    seen = watch(layer)
+    out = layer(make_tokens().to(dtype))
+    out.float().square().sum().backward()
+    expected, _ = shares_reference(layer, seen)
+    assert error(seen['weights'], expected) < torch.finfo(dtype).eps / 2 + (1e-12 if dtype == torch.float64 else 1e-5)
+    assert all(p.grad.dtype == dtype and p.grad.isfinite().all() for p in layer.parameters())
+
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+def test_shares_under_autocast(dtype):
+    layer = shares_layer()
+    seen = watch(layer)
+    with torch.autocast('cpu', dtype=dtype):
+        out = layer(make_tokens())
+    assert seen['q'].dtype == seen['weights'].dtype == out.dtype == dtype, 'autocast was not on'
+    expected, _ = shares_reference(layer, seen)
+    assert error(seen['weights'], expected) < torch.finfo(dtype).eps / 2 + 1e-5
+
+
+def test_shares_keep_no_matrix_per_iteration():
+    def saved_bytes(iters):
+        layer, sizes = shares_layer(iters=iters), {}
+        with torch.autograd.graph.saved_tensors_hooks(
+                lambda x: sizes.update({x.untyped_storage().data_ptr(): x.nbytes}) or x, lambda x: x):
+            weights = layer.attention_weights(*torch.randn(2, 1, 2, 256, 16).requires_grad_())
+        assert weights.requires_grad
+        return sum(sizes.values())
+
+    assert saved_bytes(21) - saved_bytes(1) < 0.1 * 20 * 2 * 256 * 256 * 4
+
+
+def test_permutation_and_batch_of_shares():
+    layer, x = shares_layer(), make_tokens(batch=3)
+    order = torch.randperm(16, generator=torch.Generator().manual_seed(0))
+    assert error(layer(x[:, order]), layer(x)[:, order]) < 1e-5
+    assert error(layer(x[1:2]), layer(x)[1:2]) < 1e-6
+
+
+def test_changing_to_and_from_shares():
+    layer, x = make_layer('softmax'), make_tokens()
+    expected, names = layer(x), list(layer.state_dict())
+    layer.set_variant('sot_shares', reg=0.2)
+    assert set(layer.state_dict()) == {'log_reg', 'share', *names}
+    assert error(layer(x), expected) > 1e-2
+    layer.set_variant('softmax')
+    assert list(layer.state_dict()) == names and torch.equal(layer(x), expected)
+
+
+@pytest.mark.parametrize('kwargs, message', [
+    (dict(reg=0.02), "reg=0.02 must be at least 0.03 for variant 'sot_shares'"),
+    (dict(tol=0.1), "tol=0.1 must be None for variant 'sot_shares'"),
+    (dict(iters=-1), 'iters=-1 must be an integer of at least 1'),
+    (dict(iters=False), 'iters=False must be an integer of at least 1'),
+])
+def test_bad_arguments_of_shares(kwargs, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        SOTAttention(32, 2, variant='sot_shares', **kwargs)

@@ -119,6 +119,28 @@ def test_output_changes_and_comes_back(name, variant):
         assert set(vars(layer)) - names <= {'attn_dim', 'gate'}
 
 
+def test_shares_come_and_go():
+    model, x = make_model(), make_images()
+    expected, values = model(x), copy.deepcopy(model.state_dict())
+    apply_sot(model, 'sot_shares', reg=0.2, iters=5)
+    assert settings(model) == [('sot_shares', 0.2, 5, None)] * 3
+    assert all(torch.equal(model.state_dict()[key], value) for key, value in values.items())
+    assert model.state_dict().keys() - values.keys() == {
+        f'blocks.{i}.attn.{name}' for i in range(3) for name in ('log_reg', 'share')}
+    assert (model(x) - expected).abs().max() > 1e-3 * expected.abs().max()
+    assert not [p for p in model.parameters() if not p.requires_grad or p.dtype != torch.float32]
+    apply_sot(model, 'sot_qk')
+    assert list(model.state_dict()) == list(values)
+    apply_sot(model, 'softmax')
+    assert torch.equal(model(x), expected) and type(model.blocks[0].attn) is Attention
+    assert list(model.state_dict()) == list(values)
+
+
+def test_shares_follow_device_and_dtype():
+    model = apply_sot(make_model().to('meta', torch.bfloat16), 'sot_shares')
+    assert {(p.device.type, p.dtype) for p in model.parameters()} == {('meta', torch.bfloat16)}
+
+
 def test_cct_is_like_one_built_that_way():
     x = make_images()
     built = make_model('cct', attn='sot_qk', sot_reg=0.3, sot_iters=4)
@@ -336,7 +358,7 @@ def test_softmax_on_a_model_without_sot():
 @pytest.mark.parametrize('patched', [False, True])
 @pytest.mark.parametrize('name, value, works', [
     ('variant', 'sot', "is unknown; choose one of ('softmax', 'sot_q', 'sot_q_nosoftmax', 'sot_qk', "
-                       "'sot_qk_nosoftmax', 'sot_qkt')"),
+                       "'sot_qk_nosoftmax', 'sot_qkt', 'sot_shares')"),
     *(('reg', value, 'must be a positive finite number; 0.1 is the default') for value in (0, -1., math.inf, math.nan)),
     *(('iters', value, 'must be an integer of at least 1; 10 is the default') for value in (0, -1, 1.5)),
     *(('tol', value, 'must be None (run exactly iters iterations) or a number of at least 0') for value in (

@@ -127,6 +127,20 @@ def test_compare_without_softmax(image):
     assert r'weights, SOT(Q) $d^{-1/2}$' in texts(figure) and 'sot_q_nosoftmax, reg 0.3' in texts(figure)
 
 
+@pytest.mark.parametrize('iters, title, source', [
+    (5, 'weights, plan with learned shares', 'the plan itself'),
+    (0, 'weights, softmax of cosines', 'the softmax of the cosines'),
+])
+def test_compare_of_learned_shares(image, iters, title, source):
+    figure = figures.compare({'m': timm.create_model('cct_2_sot_shares', sot_iters=iters)}, image)
+    axes, _ = panels(figure)
+    assert axes[2].get_lines(), 'rows of these weights sum to 1'
+    text = texts(figure)
+    for expected in (title, 'no SOT matrix', f'the weights are\n{source}', 'scores (unused here)',
+                     f'sot_shares, reg learned, {iters} iterations'):
+        assert expected in text, expected
+
+
 def test_compare_mean_over_heads(models, image):
     figure = figures.compare(models, image, layer='blocks.1', head='mean')
     record = maps_of(models['cct_2'], image)['blocks.1']

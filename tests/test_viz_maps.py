@@ -14,7 +14,7 @@ from timm_sot.attention import VARIANTS
 from timm_sot.viz.maps import attention_entropy, attention_statistics, common_part, row_entropy
 
 TINY = dict(img_size=32, patch_size=8, depth=2, embed_dim=48, num_heads=3, num_classes=5)
-SOT = [variant for variant in VARIANTS if variant != 'softmax']
+SOT = [variant for variant in VARIANTS if VARIANTS[variant].operands]
 
 
 def strengthen(model):
@@ -130,8 +130,10 @@ def test_matrices_are_those_of_an_unfused_forward(make):
             assert sot.min() >= 0 and sot.max() <= 1 and (sot.diagonal(dim1=-2, dim2=-1) == 1).all()
             made_of_it = (sot * d ** -0.5).softmax(-1) if layer.softmax else sot * d ** -0.5
             torch.testing.assert_close(made_of_it, weights, rtol=1e-6, atol=1e-6)
-        else:
+        elif getattr(layer, 'variant', 'softmax') == 'softmax':
             torch.testing.assert_close(record['scores'].softmax(-1), weights, rtol=1e-6, atol=1e-6)
+        else:
+            torch.testing.assert_close(layer.attention_weights(q, k), weights)
 
 
 @pytest.mark.parametrize('make', MODELS)
@@ -146,7 +148,7 @@ def test_logits_are_those_of_the_model(make):
     torch.testing.assert_close(logits, [expected], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize('variant', [variant for variant in VARIANTS if VARIANTS[variant].softmax])
+@pytest.mark.parametrize('variant', [variant for variant in VARIANTS if not variant.endswith('_nosoftmax')])
 def test_rows_of_weights_sum_to_1(variant):
     for record in attention_maps(make_cct(variant), make_images()).values():
         torch.testing.assert_close(record['weights'].sum(-1), torch.ones(2, 2, 64))

@@ -3,24 +3,31 @@
 timm's multi-head self-attention with the attention matrix replaced by the Self-Optimal-Transport transform of the
 queries, or of the queries and the keys (see transform.py for the papers).
 """
+import math
 from typing import Any, Dict, NamedTuple, Optional, Tuple
 
 import torch
 import torch.nn.functional as F
 from timm.layers import Attention, maybe_add_mask, register_notrace_function
+from torch import nn
 
 from ._autoload import autoload
 from .kernels.fused import choose_path, fused_sot_attention
-from .solver import operators_work
-from .transform import autocast_disabled, check_transform_args, compute_dtype, sot_matrix
+from .kernels.shares import PATHS as SHARES_PATHS, fused_shares_attention
+from .solver import operators_work, scale_to_shares
+from .transform import autocast_disabled, check_transform_args, compute_dtype, sot_matrix, unit_rows
 
 __all__ = ['SOTAttention', 'VARIANTS']
+
+# Least regularization that 'sot_shares' learns, at which float32 carries its plan: the kernel spans exp(2 / MIN_REG).
+MIN_REG = 0.03
 
 
 class Variant(NamedTuple):
     """How the attention weights are made; d is the head width."""
     operands: str  # '': scores QK^T d^-1/2; 'q', 'qk', 'qkt': S d^-1/2 with S = SOT(Q), SOT(Q, K), SOT(Q, K^T)
     softmax: bool  # whether a softmax over the keys follows
+    learned: bool = False  # in place of both, a plan of which the regularization and the marginals are learned
 
 
 VARIANTS: Dict[str, Variant] = {
@@ -30,6 +37,7 @@ VARIANTS: Dict[str, Variant] = {
     'sot_qk': Variant('qk', True),
     'sot_qk_nosoftmax': Variant('qk', False),
     'sot_qkt': Variant('qkt', True),
+    'sot_shares': Variant('', False, learned=True),
 }
 
 
@@ -37,7 +45,14 @@ def check_variant(variant: str, reg: float, iters: int, tol: Optional[float], di
     """Raise ValueError for an unknown variant or settings of it that are out of their range."""
     if variant not in VARIANTS:
         raise ValueError(f'variant={variant!r} is unknown; choose one of {tuple(VARIANTS)}.')
-    check_transform_args(distance, reg, iters, tol)
+    if not VARIANTS[variant].learned:
+        check_transform_args(distance, reg, iters, tol)
+        return
+    check_transform_args(distance, reg, 1 if iters == 0 and not isinstance(iters, bool) else iters, tol)
+    if tol is not None:
+        raise ValueError(f'tol={tol!r} must be None for variant {variant!r}, which runs exactly iters iterations.')
+    if reg < MIN_REG:
+        raise ValueError(f'reg={reg!r} must be at least {MIN_REG} for variant {variant!r}; 0.1 is the default.')
 
 
 @torch.fx.wrap
@@ -101,6 +116,95 @@ def _sot_attention_weights(
     return sot, weights.to(q.dtype)
 
 
+@torch.fx.wrap
+@register_notrace_function
+def shares_attention_weights(
+        q: torch.Tensor,
+        k: torch.Tensor,
+        log_reg: torch.Tensor,
+        share: Optional[torch.Tensor],
+        iters: int,
+) -> torch.Tensor:
+    """Attention weights of 'sot_shares' before dropout, (B, H, N, D), (B, H, N, D) -> (B, H, N, N).
+
+    Args:
+        q: Queries.
+        k: Keys.
+        log_reg: Logarithm of the regularization of each head, (H, 1, 1); what is below MIN_REG counts as MIN_REG.
+        share: What the logarithm of a token's share is linear in its key by, (H, D, 1); None for softmax in the place
+            of the plan.
+        iters: Number of Sinkhorn iterations.
+
+    Returns:
+        Weights in the dtype of `q`, the rows of which sum to 1; computed in float32, or float64 for float64, also
+        under autocast.
+    """
+    if torch.jit.is_scripting():  # TorchScript has no context managers to choose from
+        return _shares_attention_weights(q, k, log_reg, share, iters)
+    with autocast_disabled(q.device):
+        return _shares_attention_weights(q, k, log_reg, share, iters)
+
+
+def _shares_attention_weights(
+        q: torch.Tensor,
+        k: torch.Tensor,
+        log_reg: torch.Tensor,
+        share: Optional[torch.Tensor],
+        iters: int,
+        min_log_reg: float = math.log(MIN_REG),  # an argument, for TorchScript
+) -> torch.Tensor:
+    dtype = compute_dtype(q)
+    x, y = q.to(dtype), k.to(dtype)
+    reg = log_reg.to(dtype).clamp_min(min_log_reg).exp()
+    weights = (unit_rows(x) / reg @ unit_rows(y).transpose(-2, -1)).softmax(dim=-1)
+    if share is not None:
+        weights = scale_to_shares(weights, log_shares(y, share.to(dtype)), iters)
+    return weights.to(q.dtype)
+
+
+@torch.fx.wrap
+@register_notrace_function
+def shares_attention(
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        log_reg: torch.Tensor,
+        share: Optional[torch.Tensor],
+        iters: int,
+        dropout_p: float = 0.,
+) -> torch.Tensor:
+    """What `shares_attention_weights` give of the values, (B, H, N, D) each, by the fastest means of the device."""
+    if not torch.jit.is_scripting():
+        path = choose_path(q.device, v.dtype, q.shape[-2], q.shape[-1]) if operators_work() else 'eager'
+        if path in SHARES_PATHS:
+            return _fused_shares_attention(q, k, v, log_reg, share, iters, dropout_p, path)
+    return F.dropout(shares_attention_weights(q, k, log_reg, share, iters), dropout_p) @ v
+
+
+def _fused_shares_attention(
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        log_reg: torch.Tensor,
+        share: Optional[torch.Tensor],
+        iters: int,
+        dropout_p: float,
+        path: str,
+) -> torch.Tensor:
+    with autocast_disabled(q.device):
+        scale = (-log_reg.float().clamp_min(math.log(MIN_REG))).exp().flatten()
+        if share is None:
+            shares = k.new_zeros(k.shape[:3], dtype=torch.float32)
+        else:
+            shares = log_shares(k.float(), share.float()).squeeze(-2)
+        return fused_shares_attention(q, k, v, scale, shares, iters, dropout_p, path)
+
+
+def log_shares(k: torch.Tensor, share: torch.Tensor) -> torch.Tensor:
+    """Logarithms of the tokens' shares in the attention of each head, (B, H, N, D), (H, D, 1) -> (B, H, 1, N)."""
+    return (k @ share).log_softmax(dim=-2).transpose(-2, -1)
+
+
 def check_operands(q: torch.Tensor, operands: str) -> None:
     N, D = q.shape[-2], q.shape[-1]
     if operands == 'qkt' and N != D:
@@ -158,8 +262,13 @@ class SOTAttention(Attention):
         'sot_qkt'           softmax(S d^-1/2), S = SOT(Q, K^T), for as many tokens as the head is wide
         'sot_q_nosoftmax'   S d^-1/2, S = SOT(Q)
         'sot_qk_nosoftmax'  S d^-1/2, S = SOT(Q, K)
+        'sot_shares'        the Sinkhorn plan of the kernel exp(cos(q_i, k_j) / reg_h) whose columns have the masses
+                            softmax_j(w_h.k_j), the shares of the tokens in the attention, and whose rows have mass 1;
+                            reg_h and w_h are learned for each head h
        The entries of S are in [0, 1] and its diagonal is 1; its rows do not sum to 1, so neither do those of the
-       variants without softmax.
+       variants without softmax. 'sot_shares' is no form of S: it matches tokens with themselves, too, its last half
+       iteration is that of the rows, which sum to 1, and its columns come near to their shares. With 0 iterations it is
+       softmax_j(cos(q_i, k_j) / reg_h), the same scores and regularization without the plan.
      - attention masks are refused by all variants but 'softmax', with NotImplementedError, and other numbers of tokens
        than the head width by 'sot_qkt', with ValueError.
     """
@@ -183,11 +292,13 @@ class SOTAttention(Attention):
             dim: Input dimension of the token embeddings.
             num_heads: Number of attention heads.
             variant: A key of `VARIANTS`, see the class.
-            reg: Entropy regularization of the transport plan, in units of the row-normalized cost (0 to 1).
-            iters: Number of Sinkhorn iterations; with `tol` the most that run.
+            reg: Entropy regularization of the transport plan, in units of the row-normalized cost (0 to 1); for
+                'sot_shares', in units of the cosine, what the learned one of each head starts from, at least 0.03.
+            iters: Number of Sinkhorn iterations; with `tol` the most that run. 'sot_shares' takes 0, too.
             tol: None runs exactly `iters` iterations, a number stops early as the original experiments did with 0.1;
                 it couples the images of a batch and synchronizes a GPU, see :func:`timm_sot.self_optimal_transport`.
-            distance: Cost between tokens, 'euclidean' or 'cosine'.
+                'sot_shares' takes None alone.
+            distance: Cost between tokens, 'euclidean' or 'cosine'; unused by 'sot_shares', as by 'softmax'.
             **attention_kwargs: Arguments of :class:`timm.layers.Attention`: qkv_bias, qk_norm, proj_bias, attn_drop,
                 proj_drop, norm_layer, device, dtype and what the installed timm has besides.
 
@@ -206,10 +317,13 @@ class SOTAttention(Attention):
             tol: Optional[float] = None,
             distance: str = 'euclidean',
     ) -> None:
-        """Change how the attention weights are made; arguments, defaults and errors are those of the constructor."""
+        """Change how the attention weights are made; arguments, defaults and errors are those of the constructor.
+
+        What the layer had learned for 'sot_shares' is dropped, and begins anew with that variant.
+        """
         check_variant(variant, reg, iters, tol, distance)
         self.variant = variant
-        self.operands, self.softmax = VARIANTS[variant]
+        self.operands, self.softmax, self.learned = VARIANTS[variant]
         self.reg = float(reg)
         self.iters = int(iters)
         self.tol = None if tol is None else float(tol)
@@ -217,10 +331,24 @@ class SOTAttention(Attention):
         # absent from the Attention of older timm versions
         self.attn_dim = self.num_heads * self.head_dim
         self.gate = getattr(self, 'gate', None)
+        weight = self.qkv.weight
+        heads, width = self.num_heads, self.head_dim
+        # three dimensions: weight decay leaves vectors out, and these were tried with it
+        self.log_reg = nn.Parameter(weight.new_empty(heads, 1, 1)) if self.learned else None
+        self.share = nn.Parameter(weight.new_empty(heads, width, 1)) if self.learned and self.iters else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Give what is learned for the variant its initial values: the regularization `reg`, equal shares."""
+        if self.log_reg is not None:
+            nn.init.constant_(self.log_reg, math.log(self.reg))
+        if self.share is not None:
+            nn.init.zeros_(self.share)
 
     def clear_variant(self) -> None:
         """Remove what `set_variant` added, so that the layer can become timm's Attention."""
-        for name in ('variant', 'operands', 'softmax', 'reg', 'iters', 'tol', 'distance'):
+        for name in (
+                'variant', 'operands', 'softmax', 'learned', 'reg', 'iters', 'tol', 'distance', 'log_reg', 'share'):
             delattr(self, name)
 
     def forward(
@@ -257,6 +385,12 @@ class SOTAttention(Attention):
             attn = self.attention_weights(q, k, attn_mask, is_causal)  # (B, H, N, N)
             attn = self.attn_drop(attn)
             return attn @ v
+        if self.log_reg is not None:
+            check_no_mask(attn_mask, is_causal)
+            return shares_attention(
+                q, k, v, self.log_reg, self.share, self.iters,
+                dropout_p=self.attn_drop.p if self.training else 0.,
+            )
         if self.operands == '':
             return F.scaled_dot_product_attention(
                 q, k, v,
@@ -278,6 +412,9 @@ class SOTAttention(Attention):
             is_causal: bool = False,
     ) -> torch.Tensor:
         """Attention weights before dropout, (B, H, N, D), (B, H, N, D) -> (B, H, N, N)."""
+        if self.log_reg is not None:
+            check_no_mask(attn_mask, is_causal)
+            return shares_attention_weights(q, k, self.log_reg, self.share, self.iters)
         if self.operands == '':
             attn = (q * self.scale) @ k.transpose(-2, -1)
             attn = maybe_add_mask(attn, additive_mask(attn, attn_mask, is_causal))
@@ -287,6 +424,8 @@ class SOTAttention(Attention):
             q, k, self.operands, self.softmax, self.distance, self.reg, self.iters, self.tol)
 
     def extra_repr(self) -> str:
+        if self.learned:
+            return f'variant={self.variant!r}, reg={self.reg}, iters={self.iters}'
         if self.operands == '':
             return f'variant={self.variant!r}'
         return (f'variant={self.variant!r}, reg={self.reg}, iters={self.iters}, tol={self.tol}, '

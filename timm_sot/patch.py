@@ -24,9 +24,10 @@ def apply_sot(
 
     Every `timm.layers.Attention` of the model becomes a :class:`SOTAttention` with the same parameters (the very same
     tensors), dropout rates, hooks, device, dtype and training mode. A layer that is one already changes its variant.
-    With `variant='softmax'` the layers become `timm.layers.Attention` again. A layer of a subclass of
-    :class:`SOTAttention` stays of its class. Other modules, among them attention layers of other classes and subclasses
-    of `timm.layers.Attention` with a forward of their own, are left alone.
+    What 'sot_shares' learns besides is added, and dropped where a layer gets another variant, or this one again: make
+    the optimizer afterwards. With `variant='softmax'` the layers become `timm.layers.Attention` again. A layer of a
+    subclass of :class:`SOTAttention` stays of its class. Other modules, among them attention layers of other classes
+    and subclasses of `timm.layers.Attention` with a forward of their own, are left alone.
 
     Weights do not say what attention they are for. Where timm saves a model's arguments with it (`save_for_hf`,
     `push_to_hf_hub`; from 1.0.31 on), a CCT whose layers all have the same attention is saved with its `attn`,
@@ -36,7 +37,7 @@ def apply_sot(
     Args:
         model: Model with `timm.layers.Attention` layers: ViT, DeiT, CCT and others.
         variant: A key of `timm_sot.attention.VARIANTS`.
-        reg: Entropy regularization, see :class:`SOTAttention`.
+        reg: Entropy regularization, for 'sot_shares' what the learned one starts from, see :class:`SOTAttention`.
         iters: Number of Sinkhorn iterations.
         tol: None runs exactly `iters` iterations, a number stops early, see :class:`SOTAttention`.
         blocks: Which attention layers to change, counted in the order of `model.named_modules()` (in a ViT the block

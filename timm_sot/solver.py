@@ -12,6 +12,7 @@ import torch
 from torch.autograd import forward_ad
 
 from .kernels import sinkhorn as kernel
+from .kernels.sinkhorn import sum_columns, sum_rows
 
 __all__ = ['sinkhorn']
 
@@ -140,3 +141,25 @@ def solve_step_by_step(
             if bool((u - u_prev).detach().abs().sum(dim=[-2, -1]).mean() < tol):
                 break
     return log_kernel + u + v
+
+
+def scale_to_shares(kernel: torch.Tensor, log_shares: torch.Tensor, iters: int) -> torch.Tensor:
+    """Scale rows and columns of a kernel so that the rows sum to 1, and the columns come near to N times their shares.
+
+    Sinkhorn iterations of the columns first, so that the rows are exact. Plain operations, which keep the kernel and
+    vectors for the backward pass; positional and scriptable.
+
+    Args:
+        kernel: Positive, (..., N, M), rows of sum 1.
+        log_shares: Logarithms of the shares, which sum to 1, (..., 1, M).
+        iters: Number of iterations, at least 1.
+    """
+    # What a scaling vector is multiplied with cancels, so each is a softmax of its logarithm: all sums stay between the
+    # least and the largest entry of the kernel, however small a share is.
+    a = torch.ones_like(kernel[..., :1]) / kernel.shape[-2]  # (..., N, 1)
+    b, sums = log_shares, a  # for TorchScript, which has no loop that surely runs
+    for _ in range(iters):
+        b = (log_shares - sum_columns(a, kernel).log()).softmax(dim=-1)  # (..., 1, M)
+        sums = sum_rows(kernel, b)  # (..., N, 1)
+        a = (-sums.log()).softmax(dim=-2)
+    return kernel * b / sums

@@ -9,8 +9,15 @@ import torch
 import torch.nn.functional as F
 from timm.loss import LabelSmoothingCrossEntropy
 
-from ..attention import VARIANTS, sot_attention, sot_attention_weights
+from ..attention import (
+    VARIANTS,
+    shares_attention,
+    shares_attention_weights,
+    sot_attention,
+    sot_attention_weights,
+)
 from ..kernels.fused import choose_path
+from ..kernels.shares import PATHS as SHARES_PATHS
 from ..solver import sinkhorn
 from ..study.runner import build_model
 
@@ -84,14 +91,24 @@ def original_weights(
 
 def sot_core(variant: str, iters: int = ITERS) -> Callable[..., torch.Tensor]:
     """The function from q, k, v to the output that `SOTAttention` of this variant calls."""
-    operands, softmax = VARIANTS[variant]
+    operands, softmax, learned = VARIANTS[variant]
+    if learned:
+        return lambda q, k, v: shares_attention(q, k, v, *learned_parameters(q), iters)
     return lambda q, k, v: sot_attention(q, k, v, operands, softmax, 'euclidean', REG, iters, None)
 
 
 def unfused_core(variant: str, iters: int = ITERS) -> Callable[..., torch.Tensor]:
     """The same by way of the weights, as where they pass through a dropout of their own or are looked at."""
-    operands, softmax = VARIANTS[variant]
+    operands, softmax, learned = VARIANTS[variant]
+    if learned:
+        return lambda q, k, v: shares_attention_weights(q, k, *learned_parameters(q), iters) @ v
     return lambda q, k, v: sot_attention_weights(q, k, operands, softmax, 'euclidean', REG, iters, None) @ v
+
+
+def learned_parameters(q: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
+    """What 'sot_shares' learns, as it starts."""
+    H = q.shape[1]
+    return torch.full((H, 1, 1), math.log(REG), device=q.device), torch.zeros(H, D, 1, device=q.device)
 
 
 def randn(*shape: int, dtype: torch.dtype = torch.float32, device: torch.device) -> torch.Tensor:
@@ -140,10 +157,14 @@ def core_group(
 
         saved = 2 * ITERS if phase == TRAIN else 0
         path = choose_path(device, dtype, N, D)
+
+        def path_of(variant):
+            return 'eager' if VARIANTS[variant].learned and path not in SHARES_PATHS else path
+
         return [
             contender('sdpa', F.scaled_dot_product_attention),
             contender('softmax', eager_softmax),
-            *(contender(name, sot_core(name), path=path) for name in variants if name != 'sot_qkt' or N == D),
+            *(contender(name, sot_core(name), path=path_of(name)) for name in variants if name != 'sot_qkt' or N == D),
             contender('sot_qk unfused', unfused_core('sot_qk'), matrices=10 + saved),
             contender('original', original(None), graph=False, matrices=10 + saved),
             contender('original tol=0.1', original(0.1), graph=False, matrices=10 + saved),

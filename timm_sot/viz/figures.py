@@ -77,6 +77,9 @@ def compare(
     for part, (name, model, key, matrices) in zip(parts, rows):
         part.suptitle(describe(name, model, key, head), weight='bold')
         attention = layer_of(model, key)
+        learned, source = getattr(attention, 'learned', False), 'the softmax of the scores'
+        if learned:
+            source = 'the plan itself' if attention.iters else 'the softmax of the cosines'
         for kind, (histogram, heatmap) in zip(MATRICES, part.subplots(2, 3, height_ratios=(2, 3)).T):
             if kind in matrices:
                 matrix = matrices[kind]
@@ -84,10 +87,9 @@ def compare(
             else:  # the axes and colours remain, for the panels of all models to be of one size
                 matrix = torch.full_like(matrices['weights'], float('nan'))
                 heatmap.text(
-                    0.5, 0.5, 'the weights are\nthe softmax of the scores', ha='center', va='center',
-                    transform=heatmap.transAxes)
+                    0.5, 0.5, f'the weights are\n{source}', ha='center', va='center', transform=heatmap.transAxes)
                 set_histogram_axes(histogram, limits[kind], most)
-            if kind == 'weights' and getattr(attention, 'softmax', True):
+            if kind == 'weights' and (getattr(attention, 'softmax', True) or learned):
                 mark_uniform(histogram, matrix)
             histogram.set(title=panel_title(kind, attention), xlabel=LABELS[kind], ylabel='entries')
             part.colorbar(draw_heatmap(heatmap, matrix, limits[kind]), ax=heatmap, label=LABELS[kind])
@@ -510,11 +512,11 @@ def layer_of(model: nn.Module, key: str) -> nn.Module:
 
 def sot_settings(layer: nn.Module, name: str, with_reg: bool = True) -> str:
     """What there is to say of an SOT layer of the model called `name`, '' for one with softmax attention."""
-    if not getattr(layer, 'operands', ''):
+    if not getattr(layer, 'operands', '') and not getattr(layer, 'learned', False):
         return ''
     settings = [] if layer.variant in name else [layer.variant]
     if with_reg:
-        settings.append(f'reg {layer.reg:g}')
+        settings.append('reg learned' if layer.learned else f'reg {layer.reg:g}')
     if layer.iters != 10:
         settings.append(f'{layer.iters} iterations')
     if layer.tol is not None:
@@ -538,14 +540,16 @@ def about(image_name: str, dropout: bool) -> str:
 
 def panel_title(kind: str, layer: nn.Module) -> str:
     """A matrix in the field's words, as the layer makes it."""
-    operands = getattr(layer, 'operands', '')
+    operands, learned = getattr(layer, 'operands', ''), getattr(layer, 'learned', False)
     sot = {'q': 'SOT(Q)', 'qk': 'SOT(Q, K)', 'qkt': r'SOT(Q, $K^\top$)'}.get(operands, 'SOT')
     if kind == 'scores':
-        return 'scores' if not operands else 'scores (unused here)'
+        return 'scores (unused here)' if operands or learned else 'scores'
     if kind == 'sot' and not operands:
         return 'no SOT matrix'
     if kind == 'sot':
         return f'{sot}, before softmax' if layer.softmax else sot
+    if learned:
+        return 'weights, plan with learned shares' if layer.iters else 'weights, softmax of cosines'
     if not operands:
         return 'weights, softmax of scores'
     return 'weights, after softmax' if layer.softmax else rf'weights, {sot} $d^{{-1/2}}$'

@@ -29,7 +29,8 @@ def attention_maps(model: nn.Module, images: torch.Tensor) -> Dict[str, Dict[str
         For each attention layer that ran, by the name of its block ('blocks.0'), a dictionary of matrices (B, H, N, N):
          - 'scores': Q K^T d^-1/2. Softmax attention is the softmax of it; SOT attention has no use for it, so there it
             is computed beside the forward.
-         - 'sot': the SOT matrix, with entries in [0, 1] and unit diagonal, in float32 or wider. Absent for softmax.
+         - 'sot': the SOT matrix, with entries in [0, 1] and unit diagonal, in float32 or wider. Absent for softmax, and
+            for 'sot_shares', the weights of which are themselves a transport plan.
          - 'weights': what was multiplied with V, after softmax (where the variant has one) and dropout.
 
     Raises:
