@@ -15,7 +15,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.skipif(
     'timm_sot' not in {entry_point.name for entry_point in importlib.metadata.entry_points(group='torch.backends')},
     reason='timm-sot is not installed (pip install .): torch finds it by the entry point of the installed package')]
 
-MODELS = ['cct_2', 'cct_2_sot_q', 'cct_2_sot_q_nosoftmax', 'cct_2_sot_qk', 'cct_2_sot_qk_nosoftmax', 'cct_2_sot_qkt']
+MODELS = ['cct_2', 'cct_2_sot_q', 'cct_2_sot_q_nosoftmax', 'cct_2_sot_qk', 'cct_2_sot_qk_nosoftmax', 'cct_2_sot_qkt',
+          'cct_2_sot_shares']
 NEVER_BROKEN = ('__init__.py', '_autoload.py')
 
 # what a registration must leave behind, for scripts that have imported timm and may use it

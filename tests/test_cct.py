@@ -30,7 +30,8 @@ SIZES = {
     'cct_14': (14, 6, 3, 384, 7, 2, 224, 1000, 22_367_273),
 }
 SOT = {f'cct_2_{variant}': variant for variant in ('sot_q', 'sot_q_nosoftmax', 'sot_qk', 'sot_qk_nosoftmax', 'sot_qkt')}
-SMALL = ['cct_2', *SOT]
+SMALL = ['cct_2', *SOT, 'cct_2_sot_shares']
+NAMES = [*SIZES, *SMALL[1:]]
 NO_DROP = dict(attn_drop_rate=0., drop_path_rate=0.)
 
 GRID = {(32, 32): (8, 8), (48, 48): (12, 12), (24, 40): (6, 10), (16, 64): (4, 16), (29, 35): (8, 9)}  # of cct_2
@@ -129,12 +130,12 @@ def test_golden_loads_into_sot_models(original):
 
 
 def test_registered():
-    assert timm.list_models('cct_*') == sorted([*SIZES, *SOT], key=lambda name: int(name.split('_')[1]))
-    assert set(timm.list_models(module='cct')) == {*SIZES, *SOT}
-    assert {*SIZES, *SOT} <= set(timm_sot.cct.__all__)
+    assert timm.list_models('cct_*') == sorted(NAMES, key=lambda name: int(name.split('_')[1]))
+    assert set(timm.list_models(module='cct')) == {*NAMES}
+    assert {*NAMES} <= set(timm_sot.cct.__all__)
 
 
-@pytest.mark.parametrize('name', [*SIZES, *SOT])
+@pytest.mark.parametrize('name', NAMES)
 def test_pretrained_cfg(name, caplog):
     with caplog.at_level(logging.DEBUG):
         model = timm.create_model(name, device='meta')
@@ -209,6 +210,70 @@ def test_sot_models(name):
         assert error(model(x), create('cct_2')(x)) > 1e-2
 
 
+def test_sot_shares():
+    model = create('cct_2_sot_shares')
+    # a filter of 9, a regularization and shares for each layer
+    assert sum(p.numel() for p in model.parameters()) == SIZES['cct_2'][-1] + 2 * (9 * 128 + 2 * (1 + 64))
+    for block in model.blocks:
+        assert (block.attn.variant, block.attn.reg, block.attn.iters) == ('sot_shares', 0.1, 5)
+    x = images()
+    with torch.no_grad():
+        assert torch.equal(model(x), create('cct_2', attn='sot_shares', sot_iters=5, context=True)(x))
+    control = create('cct_2_sot_shares', sot_iters=0)
+    expected = create()
+    for ours, theirs in zip((model, control), (control, expected)):
+        shared = ours.state_dict().keys() & theirs.state_dict().keys()
+        assert all(torch.equal(ours.state_dict()[key], theirs.state_dict()[key]) for key in shared)
+        assert theirs.state_dict().keys() <= ours.state_dict().keys()
+
+
+def test_context():
+    model = create(context=True)
+    conv = model.blocks[0].context
+    x = images(12, 20, batch=3).repeat(1, 43, 1, 1)[:, :128]
+    tokens = x.flatten(2).transpose(1, 2)
+    padded = nn.functional.pad(x, (1, 1, 1, 1))
+    shifted = torch.stack([padded[:, c, c % 9 // 3:c % 9 // 3 + 12, c % 3:c % 3 + 20] for c in range(128)], 1)
+    assert torch.equal(conv(tokens, [12, 20]), tokens + shifted.flatten(2).transpose(1, 2))
+    # the attention is that of the tokens after it, and nothing else sees it
+    block, seen = model.blocks[0], {}
+    block.attn.register_forward_pre_hook(lambda module, args: seen.update(tokens=args[0]))
+    block(tokens[:, :64], [8, 8])
+    assert torch.equal(seen['tokens'], conv(block.pre_norm(tokens[:, :64]), [8, 8]))
+    with torch.no_grad():
+        for each in model.blocks:
+            each.context.weight.zero_()
+        assert error(model(images()), create()(images())) < 1e-6
+    model.init_weights()
+    assert torch.equal(conv(tokens, [12, 20]), tokens + shifted.flatten(2).transpose(1, 2))
+
+
+@pytest.mark.parametrize('size', GRID)
+def test_context_at_other_sizes(size):
+    fixed = create('cct_2_sot_shares', img_size=size, pos_embed='none')
+    dynamic = create('cct_2_sot_shares', dynamic_img_size=True, pos_embed='none')
+    scripted = torch.jit.script(dynamic)
+    with torch.no_grad():
+        expected = fixed(images(*size))
+        assert error(dynamic(images(*size)), expected) < 1e-6 and error(scripted(images(*size)), expected) < 1e-6
+        final, _ = dynamic.forward_intermediates(images(*size))
+        assert error(final, fixed.forward_features(images(*size))) < 1e-6
+
+
+@pytest.mark.parametrize('seed', range(3))
+def test_what_attention_adds_before_training(seed):
+    """How it varies over the tokens, relative to the tokens: next to nothing, as README says."""
+    torch.manual_seed(seed)
+    model = timm.create_model('cct_2').eval()
+    block, seen = model.blocks[0], {}
+    block.register_forward_pre_hook(lambda module, args: seen.update(tokens=args[0]))
+    block.attn.register_forward_hook(lambda module, args, out: seen.update(added=out))
+    with torch.no_grad():
+        model(nn.functional.interpolate(torch.randn(16, 3, 8, 8), 32, mode='bicubic'))
+    tokens, added = ((x - x.mean(dim=1, keepdim=True)).std().item() for x in (seen['tokens'], seen['added']))
+    assert 0 < added / tokens < 1e-3
+
+
 @pytest.mark.parametrize('name', ['cct_2', 'cct_7', 'cct_2_sot_q'])
 def test_sot_arguments(name):
     model = timm.create_model(name, device='meta', attn='sot_qk', sot_reg=0.8, sot_iters=3, sot_tol=0.1)
@@ -265,7 +330,7 @@ def test_drop_rates():
                 assert isinstance(drop_path, DropPath) and drop_path.drop_prob == pytest.approx(rate)
 
 
-@pytest.mark.parametrize('name', [*SIZES, *SOT])
+@pytest.mark.parametrize('name', NAMES)
 def test_default_drop_rates(name):
     model = timm.create_model(name, device='meta')
     assert model.head_drop.p == model.pos_drop.p == 0.
@@ -288,7 +353,7 @@ def test_drop_path_reaches_training():
     assert torch.equal(model(x), still.eval()(x))
 
 
-@pytest.mark.parametrize('name', [*SIZES, *SOT])
+@pytest.mark.parametrize('name', NAMES)
 def test_unknown_argument(name):
     with pytest.raises(TypeError, match='not_an_argument'):
         timm.create_model(name, device='meta', not_an_argument=1)
@@ -838,7 +903,7 @@ def test_group_matcher():
 # Every registered model, in all the ways that timm and torch run a model
 
 
-@pytest.fixture(params=[*SIZES, *SOT])
+@pytest.fixture(params=NAMES)
 def name(request):
     return request.param
 

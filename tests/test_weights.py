@@ -56,6 +56,17 @@ def test_package_and_folder(name):
         logits(timm.create_model(name, pretrained=True, **config['model_args'])), expected, rtol=0, atol=0)
 
 
+def test_shares_are_the_form_that_was_trained():
+    """Logits of the version that trained the weights, commit 52885e7ef652, where the form was called shares_context."""
+    images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    expected = torch.tensor([
+        [-0.562042, -1.783804, -0.227490, 0.584244, 2.052953, -0.829410, 1.870538, 0.275116, -1.095958, -1.643660],
+        [-0.749259, -1.792506, -0.196058, 1.102339, 1.012910, 0.023112, 2.466836, 0.445579, -1.749700, -1.813369]])
+    with torch.no_grad():
+        actual = timm.create_model('cct_2_sot_shares', pretrained=True).eval()(images)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=2e-5)
+
+
 @pytest.mark.parametrize('source', [NAME, f'local-dir:{HUB / NAME}'], ids=['package', 'folder'])
 def test_adapts_as_timm_does(source):
     plain = timm.create_model(source, pretrained=True).state_dict()

@@ -13,6 +13,7 @@ from numbers import Integral
 from typing import Dict, List, Optional, Set, Tuple, Union
 
 import torch
+import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import (
     Attention,
@@ -28,7 +29,6 @@ from timm.layers import (
 from timm.models import (
     build_model_with_cfg,
     checkpoint,
-    checkpoint_seq,
     clean_state_dict,
     generate_default_cfgs,
     named_apply,
@@ -125,10 +125,35 @@ class ConvTokenizer(nn.Module):
         return self.stages(x)
 
 
+class ContextConv(nn.Module):
+    """Tokens and their neighbours, (B, N, C) -> (B, N, C): what a depthwise 3x3 convolution of their grid adds to them.
+
+    The positional encoding of CPVT (https://arxiv.org/abs/2102.10882), which tells a token where it is by what is
+    around it. Channel c starts as that of neighbour c mod 9.
+    """
+
+    def __init__(self, dim: int, device=None, dtype=None):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(dim, 1, 3, 3, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Initialize the convolution: the neighbours in turn."""
+        index = torch.arange(self.weight.shape[0], device=self.weight.device) % 9
+        with torch.no_grad():
+            self.weight.copy_(F.one_hot(index, 9).view_as(self.weight))
+
+    def forward(self, x: torch.Tensor, grid_size: List[int]) -> torch.Tensor:
+        B, N, C = x.shape
+        grid = x.transpose(1, 2).reshape(B, C, grid_size[0], grid_size[1])
+        return x + F.conv2d(grid, self.weight, padding=1, groups=C).flatten(2).transpose(1, 2)
+
+
 class EncoderLayer(nn.Module):
     """Transformer layer of CCT: x = norm1(x + attn(pre_norm(x))); x = x + mlp(x).
 
-    Unlike in a ViT block the residual stream itself is normalized between attention and MLP.
+    Unlike in a ViT block the residual stream itself is normalized between attention and MLP. With `context` the
+    attention is that of pre_norm(x) after a `ContextConv`.
     """
 
     def __init__(
@@ -140,6 +165,7 @@ class EncoderLayer(nn.Module):
             sot_reg: float,
             sot_iters: int,
             sot_tol: Optional[float],
+            context: bool = False,
             proj_drop: float = 0.,
             attn_drop: float = 0.,
             drop_path: float = 0.,
@@ -149,6 +175,7 @@ class EncoderLayer(nn.Module):
         super().__init__()
         dd = {'device': device, 'dtype': dtype}
         self.pre_norm = nn.LayerNorm(dim, **dd)
+        self.context = ContextConv(dim, **dd) if context else None
         self.attn = SOTAttention(
             dim,
             num_heads=num_heads,
@@ -165,8 +192,11 @@ class EncoderLayer(nn.Module):
         self.mlp = Mlp(dim, hidden_features=int(dim * mlp_ratio), drop=proj_drop, **dd)
         self.drop_path2 = DropPath(drop_path) if drop_path > 0. else nn.Identity()
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.norm1(x + self.drop_path1(self.attn(self.pre_norm(x))))
+    def forward(self, x: torch.Tensor, grid_size: List[int]) -> torch.Tensor:
+        y = self.pre_norm(x)
+        if self.context is not None:
+            y = self.context(y, grid_size)
+        x = self.norm1(x + self.drop_path1(self.attn(y)))
         x = x + self.drop_path2(self.mlp(x))
         return x
 
@@ -248,6 +278,7 @@ class CCT(nn.Module):
             sot_reg: float = 0.1,
             sot_iters: int = 10,
             sot_tol: Optional[float] = None,
+            context: bool = False,
             dynamic_img_size: bool = False,
             drop_rate: float = 0.,
             pos_drop_rate: float = 0.,
@@ -277,6 +308,8 @@ class CCT(nn.Module):
             sot_reg: Entropy regularization of SOT attention; unused by softmax attention, as are the next two.
             sot_iters: Number of Sinkhorn iterations of SOT attention.
             sot_tol: Early stop of the Sinkhorn iterations, None for none, see :class:`timm_sot.SOTAttention`.
+            context: Add to the tokens, where queries, keys and values are made of them, a depthwise 3x3 convolution of
+                their grid.
             dynamic_img_size: Take images of any size at run time, the position embedding being resized to each.
             drop_rate: Dropout rate of the head.
             pos_drop_rate: Dropout rate after the position embedding.
@@ -326,7 +359,7 @@ class CCT(nn.Module):
         self.pos_drop = nn.Dropout(p=pos_drop_rate)
 
         dpr = calculate_drop_path_rates(drop_path_rate, depth)
-        self.blocks = nn.Sequential(*[
+        self.blocks = nn.ModuleList([
             EncoderLayer(
                 embed_dim,
                 num_heads,
@@ -335,6 +368,7 @@ class CCT(nn.Module):
                 sot_reg=sot_reg,
                 sot_iters=sot_iters,
                 sot_tol=sot_tol,
+                context=context,
                 proj_drop=proj_drop_rate,
                 attn_drop=attn_drop_rate,
                 drop_path=dpr[i],
@@ -520,9 +554,9 @@ class CCT(nn.Module):
             blocks = self.blocks[:max(0, max_index + 1 - num_stages)]
         for i, blk in enumerate(blocks):
             if self.grad_checkpointing and not torch.jit.is_scripting():
-                x = checkpoint(blk, x)
+                x = checkpoint(blk, x, [H, W])
             else:
-                x = blk(x)
+                x = blk(x, [H, W])
             if num_stages + i in take_indices:
                 y = self.norm(x) if norm else x
                 intermediates.append(y.reshape(B, H, W, -1).permute(0, 3, 1, 2).contiguous() if reshape else y)
@@ -569,11 +603,13 @@ class CCT(nn.Module):
         """Forward pass through tokenizer, transformer layers and final norm, (B, C, H, W) -> (B, N, D)."""
         self._check_size(x)
         x = self.tokenizer(x)
+        grid_size = [x.shape[2], x.shape[3]]
         x = self._pos_embed(x)
-        if self.grad_checkpointing and not torch.jit.is_scripting():
-            x = checkpoint_seq(self.blocks, x)
-        else:
-            x = self.blocks(x)
+        for blk in self.blocks:
+            if self.grad_checkpointing and not torch.jit.is_scripting():
+                x = checkpoint(blk, x, grid_size)
+            else:
+                x = blk(x, grid_size)
         x = self.norm(x)
         return x
 
@@ -639,7 +675,7 @@ def init_weights_cct(module: nn.Module, name: str = '') -> None:
         trunc_normal_(module.weight, std=.02)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
-    elif isinstance(module, nn.LayerNorm):
+    elif isinstance(module, (nn.LayerNorm, ContextConv, SOTAttention)):
         module.reset_parameters()
 
 
@@ -788,6 +824,7 @@ default_cfgs = generate_default_cfgs({
     'cct_2_sot_qk.cifar10': _cfg(file=packaged_weights('cct_2_sot_qk.cifar10')),
     'cct_2_sot_qk_nosoftmax.cifar10': _cfg(file=packaged_weights('cct_2_sot_qk_nosoftmax.cifar10')),
     'cct_2_sot_qkt.cifar10': _cfg(file=packaged_weights('cct_2_sot_qkt.cifar10')),
+    'cct_2_sot_shares.cifar10': _cfg(file=packaged_weights('cct_2_sot_shares.cifar10')),
 })
 
 # the original's rates
@@ -867,3 +904,10 @@ def cct_2_sot_qkt(pretrained: bool = False, **kwargs) -> CCT:
     """CCT-2/3x2 with softmax(SOT(Q, K^T) d^-1/2) attention, for inputs of as many tokens as a head is wide (64)."""
     model_args = dict(_CCT_2, attn='sot_qkt')
     return _create_cct('cct_2_sot_qkt', pretrained=pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def cct_2_sot_shares(pretrained: bool = False, **kwargs) -> CCT:
+    """CCT-2/3x2 with attention by a plan of learned marginals, the shares, of tokens that know their neighbours."""
+    model_args = dict(_CCT_2, attn='sot_shares', sot_iters=5, context=True)
+    return _create_cct('cct_2_sot_shares', pretrained=pretrained, **dict(model_args, **kwargs))
