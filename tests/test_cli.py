@@ -99,7 +99,7 @@ def test_report_without_an_extra(package, monkeypatch, tmp_path, capsys):
     (['attention', 'compare', '--models', 'cct_2', 'cct_2'], 'cct_2 is named twice'),
     (['study', '--seed', '1', '4294967296'], '--seed: must be at least 0 and below 2^32, got 4294967296'),
     (['attention', 'compare', '--seed', '-1'], '--seed: must be at least 0 and below 2^32, got -1'),
-    (['attention', 'compare', '--model-kwargs', 'attn=sot_x'], "'sot_qkt').\n"),
+    (['attention', 'compare', '--model-kwargs', 'attn=sot_x'], "'sot_shares').\n"),
     (['attention', 'compare', '--model-kwargs', 'sot_rag=1'], "unexpected keyword argument 'sot_rag'\n"),
     (['attention', 'compare', '--checkpoint', 'none'], 'a checkpoint is needed for each model, got 1 for 2'),
     (['attention', 'heads', '--models', 'cct_2', '--checkpoint', 'none.safetensors'], 'there is no checkpoint none'),
@@ -145,15 +145,10 @@ def test_grid(monkeypatch):
 
     assert main(['study', '--preset', 'seed', '--models', 'cct_4', 'cct_2_sot_q', '--data-dir', 'x']) == 0
     assert asked['study'].rows == [('cct_4', {}), ('cct_2_sot_q', {'sot_reg': 0.1, 'sot_tol': 0.1})]
-    assert main(['study', '--preset', 'candidates', '--models', 'cct_2', '--grid', 'candidate=plan,cosine',
+    assert main(['study', '--preset', 'shares', '--rows', 'cct_2_sot_shares sot_iters=0', 'cct_2', '--holdout', '0.1',
                  '--data-dir', 'x']) == 0
-    assert {kwargs['candidate'] for _, kwargs in asked['study'].rows} == {'plan', 'cosine'}
+    assert asked['study'].rows == [('cct_2_sot_shares', {'sot_iters': 0}), ('cct_2', {})]
     assert asked['study'].holdout == 0.1 and asked['recipe'].epochs == 30
-    assert main(['study', '--preset', 'candidates', '--rows', 'cct_2 candidate=plan', 'cct_2', '--data-dir', 'x']) == 0
-    assert asked['study'].rows == [('cct_2', {'candidate': 'plan'}), ('cct_2', {})]
-    assert asked['study'].holdout == 0.1 and asked['recipe'].epochs == 30
-    assert main(['study', '--preset', 'candidates', '--holdout', '0', '--data-dir', 'x']) == 0
-    assert asked['study'].holdout == 0.
 
 
 def test_ray(monkeypatch, capsys):

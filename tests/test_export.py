@@ -12,7 +12,6 @@ from timm.utils import CheckpointSaver
 
 from timm_sot.cli import main
 from timm_sot.export import evaluate
-from timm_sot.study.candidates import apply_candidate
 
 SETTINGS = dict(
     batch_size=16, lr=2e-3, weight_decay=0.03, augment=['crop', 'flip'], precision='float32', first=['cct_2', {}])
@@ -24,9 +23,7 @@ def study(folder, model='cct_2_sot_qk', kwargs=None, seeds=(0,)):
     (folder / 'checkpoints').mkdir(parents=True, exist_ok=True)
     (folder / 'study.json').write_text(json.dumps(SETTINGS))
     torch.manual_seed(0)
-    network = timm.create_model(model, **{k: v for k, v in kwargs.items() if k != 'candidate'}).eval()
-    if 'candidate' in kwargs:
-        apply_candidate(network, kwargs['candidate'])
+    network = timm.create_model(model, **kwargs).eval()
     name = '-'.join([model, *(f'{key}-{value}' for key, value in sorted(kwargs.items())), f'seed-{seeds[0]}-epochs-3'])
     path = folder / 'checkpoints' / f'{name}.safetensors'
     save_file(network.state_dict(), path)
@@ -167,7 +164,6 @@ def failing(tmp_path):
     os.truncate(cut, 1000)
     _, shape = study(tmp_path / 'shape', kwargs={})
     save_file(timm.create_model('cct_2', depth=1).state_dict(), shape)
-    _, candidate = study(tmp_path / 'candidate', kwargs=dict(candidate='plan'))
     network, diverged = study(tmp_path / 'diverged')
     save_file({**network.state_dict(), 'head.bias': torch.full((10,), torch.nan)}, diverged)
     torch.save({'a': Evil()}, tmp_path / 'evil.pth.tar')
@@ -185,7 +181,6 @@ def failing(tmp_path):
         ((alone, '--out', out), 'there is no result of'),
         ((cut, '--out', out), 'is damaged'),
         ((shape, '--out', out), 'which does not fit'),
-        ((candidate, '--out', out), 'is of the candidate plan, which cannot be exported'),
         ((diverged, '--out', out), 'not finite, in head.bias'),
         # torch's own message goes on to say how the code in it could be run
         ((tmp_path / 'evil.pth.tar', '--out', out),

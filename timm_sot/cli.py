@@ -75,11 +75,11 @@ def _add_study(commands) -> None:
                     'With --out a study that was stopped continues with the same command, and processes started '
                     'with it at the same time share its runs.')
     group = parser.add_argument_group('what')
-    group.add_argument('--preset', choices=['quick', 'seed', 'sweep', 'candidates'], default='quick',
+    group.add_argument('--preset', choices=['quick', 'seed', 'sweep', 'shares'], default='quick',
                        help='quick: three models on the digits of scikit-learn; seed: softmax and the five SOT '
                             'variants, five seeds, 30 epochs of the original recipe; sweep: sot_qk over the '
-                            'regularization, and softmax; candidates: new forms and their controls, on a validation '
-                            'split. The other options change it (default: %(default)s)')
+                            'regularization, and softmax; shares: softmax, cct_2_sot_shares and its control, five '
+                            'seeds. The other options change it (default: %(default)s)')
     group.add_argument('--models', nargs='+', metavar='NAME',
                        help='timm models in place of those of the preset; of one that is in it, all its rows; the '
                             'first gives the others their initial values')
@@ -89,7 +89,7 @@ def _add_study(commands) -> None:
                        help='arguments of which every combination is a row, e.g. sot_reg=0.1,0.5')
     group.add_argument('--rows', nargs='+', metavar='ROW',
                        help='of all these rows only some, by the names that the tables and --baseline give them, e.g. '
-                            "cct_2 'cct_2 candidate=plan'")
+                            "cct_2 'cct_2_sot_shares sot_iters=0'")
     group.add_argument('--seed', nargs='+', type=_seed, metavar='N',
                        help='seeds, with each of which every row is trained')
     group.add_argument('--data-dir', default='', metavar='DIR',
@@ -99,9 +99,9 @@ def _add_study(commands) -> None:
                             'of images)')
     group.add_argument('--dataset-download', action='store_true', help='download the dataset where it is not there')
     group.add_argument('--fraction', type=_share, default=1., help='share of the training images to use')
-    group.add_argument('--holdout', type=_part,
-                       help='share of the training images to test on, in place of the test images (default: none, 0.1 '
-                            'for candidates)')
+    group.add_argument('--holdout', type=_part, default=0.,
+                       help='share of the training images to test on, in place of the test images, which are to decide '
+                            'nothing (default: none)')
 
     group = parser.add_argument_group('how')
     group.add_argument('--epochs', type=_number(int, 1), help='times that the training images are seen')
@@ -181,7 +181,7 @@ def _study(args: argparse.Namespace) -> int:
     from .study.runner import RunsFailed, format_table, resolve_device, run_study
     from .study.store import Run
 
-    rows, seeds, settings, holdout = PRESETS[args.preset]
+    rows, seeds, settings = PRESETS[args.preset]
     if args.preset != 'quick' and not (args.data_dir or args.dataset):
         raise UserError(
             f'--preset {args.preset} is a study of CIFAR-10; name the folder of its images with --data-dir, or have it '
@@ -210,9 +210,8 @@ def _study(args: argparse.Namespace) -> int:
             settings[key] = getattr(args, key)
     if args.augment is not None:
         settings['augment'] = tuple(args.augment)
-    holdout = holdout if args.holdout is None else args.holdout
     study = Study(
-        rows, args.seed or seeds, args.data_dir, args.dataset, args.dataset_download, args.fraction, holdout)
+        rows, args.seed or seeds, args.data_dir, args.dataset, args.dataset_download, args.fraction, args.holdout)
     device = cluster = None
     if args.ray is None:
         device = resolve_device(args.device)

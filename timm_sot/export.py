@@ -253,9 +253,6 @@ def plain(value: Any) -> str:
 
 def build(source: Checkpoint, path: str) -> nn.Module:
     """The network of a checkpoint, in float32."""
-    if source.kwargs.get('candidate') is not None:
-        raise UserError(f'{path} is of the candidate {source.kwargs["candidate"]}, which cannot be exported: a '
-                         f'candidate has no name in the registry of timm by which it could be loaded.')
     try:
         model = timm.create_model(source.model, **source.kwargs)
         model.load_state_dict(source.weights)

@@ -2,8 +2,6 @@
 from dataclasses import dataclass
 from typing import Any, Dict, NamedTuple, Sequence, Tuple
 
-from .candidates import CANDIDATES
-
 __all__ = ['ORIGINAL', 'PRESETS', 'Preset', 'Study']
 
 Row = Tuple[str, Dict[str, Any]]  # model and its arguments
@@ -34,7 +32,6 @@ class Preset(NamedTuple):
     rows: Sequence[Row]
     seeds: Sequence[int]
     recipe: Dict[str, Any]
-    holdout: float = 0.
 
 
 PRESETS: Dict[str, Preset] = {
@@ -43,7 +40,6 @@ PRESETS: Dict[str, Preset] = {
         [('cct_2', {}), *((model, dict(sot_reg=0.1, sot_tol=0.1)) for model in SOT_ROWS)], range(5), ORIGINAL),
     'sweep': Preset(
         [('cct_2', {}), *(('cct_2_sot_qk', dict(sot_reg=i / 40, sot_tol=0.1)) for i in range(1, 41))], (0,), ORIGINAL),
-    # chosen among on images held out of the training set: the test images decide nothing
-    'candidates': Preset(
-        [('cct_2', {}), *(('cct_2', dict(candidate=name)) for name in CANDIDATES)], range(3), ORIGINAL, holdout=0.1),
+    'shares': Preset(
+        [('cct_2', {}), ('cct_2_sot_shares', {}), ('cct_2_sot_shares', dict(sot_iters=0))], range(5), ORIGINAL),
 }

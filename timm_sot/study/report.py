@@ -12,7 +12,7 @@ from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Optional, Seq
 
 from . import figures
 from ..errors import UserError
-from .candidates import control_of
+from .controls import control_of
 from .data import HELD_OUT
 from .original import ROWS, SWEEP
 from .presets import PRESETS, Row

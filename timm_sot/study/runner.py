@@ -18,7 +18,6 @@ from torch import nn
 
 from .. import __version__
 from .augment import make_epochs, room_for_epochs
-from .candidates import apply_candidate
 from .coupled import capturable
 from .data import Images, StudyData, fingerprint, load_data, subset
 from .engine import Recipe, Trainer, set_precision, train_epoch
@@ -78,14 +77,11 @@ def input_size(rows: Sequence[Row]) -> Tuple[int, int]:
 
 
 def build_model(row: Row, num_classes: int, seed: int) -> nn.Module:
-    """Create a model with the initial values of a seed; `candidate` among its arguments is one of candidates.py."""
+    """Create a model with the initial values of a seed."""
     name, kwargs = row
-    kwargs = dict(kwargs)
-    candidate = kwargs.pop('candidate', None)
     torch.manual_seed(seed)
     try:
-        model = timm.create_model(name, num_classes=num_classes, **kwargs)
-        return model if candidate is None else apply_candidate(model, candidate)
+        return timm.create_model(name, num_classes=num_classes, **kwargs)
     except (TypeError, ValueError) as e:
         raise UserError(f'cannot create {name} with {row[1] or "its defaults"}: {e}') from e
 
