@@ -87,7 +87,7 @@ def shares_needs():
             ('f32 128', 128, 64, torch.float32, 0.),
             ('bf16 128', 128, 128, torch.bfloat16, 0.),
     ):
-        constants = onchip_shares._specialize(torch.empty(1, 1, N, D, dtype=dtype), dropout_p)
+        constants = onchip._tiles(torch.empty(1, 1, N, D, dtype=dtype), dropout_p)
         for way in ('forward', 'backward'):
             options = getattr(onchip, f'_{way}_config')(constants['BLOCK_N'], constants['BLOCK_D'], dtype)
             yield f'{way} {name}', needs(getattr(onchip_shares, f'_{way}_kernel'), dtype, constants, **options)

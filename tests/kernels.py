@@ -2,7 +2,9 @@
 
 On a machine without a GPU, Triton interprets the kernels: see conftest.py.
 """
+import contextlib
 import importlib.util
+from unittest import mock
 
 import pytest
 import torch
@@ -25,6 +27,28 @@ PATHS = [
       for path in ('onchip', 'streamed')),
     pytest.param('cpu', marks=pytest.mark.skipif(not loops_work(), reason='needs numba')),
 ]
+
+
+@contextlib.contextmanager
+def values_read():
+    """A list of the ways in which values of tensors are read on the host, inside of operators too.
+
+    A mode of dispatch does not see what an operator of ours calls.
+    """
+    seen = []
+
+    def watched(name):
+        original = getattr(torch.Tensor, name)
+
+        def read(self, *args, **kwargs):
+            seen.append(name)
+            return original(self, *args, **kwargs)
+        return mock.patch.object(torch.Tensor, name, read)
+
+    with contextlib.ExitStack() as stack:
+        for name in ('item', 'tolist', '__bool__', '__int__', '__float__', '__index__'):
+            stack.enter_context(watched(name))
+        yield seen
 
 
 def device_of(path):

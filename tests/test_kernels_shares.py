@@ -9,18 +9,13 @@ import reference
 from kernels import BARS, HAS_TRITON, degenerate, device_of
 from shares import NAMES, assert_close, expected, inputs, parameters, run
 from timm_sot.attention import MIN_REG
-from timm_sot.kernels.fused import choose_path
-from timm_sot.kernels.shares import PATHS, fused_shares_attention, shares_attention, shares_attention_backward
+from timm_sot.kernels.shares import fused_shares_attention, shares_attention, shares_attention_backward
 from timm_sot.kernels.threads import loops_work
 
 CPU = pytest.param('cpu', marks=pytest.mark.skipif(not loops_work(), reason='needs numba'))
 ONCHIP = pytest.param('onchip', marks=pytest.mark.skipif(not HAS_TRITON, reason='needs triton'))
 ON_ALL = pytest.mark.parametrize('path', [CPU, ONCHIP])
 ON_CPU = pytest.mark.parametrize('path', [CPU])
-
-
-def test_paths():
-    assert choose_path(torch.device('cpu'), torch.float32, 64, 64) in (*PATHS, 'eager')
 
 
 @pytest.mark.parametrize('iters', [0, 1, 5, 40])

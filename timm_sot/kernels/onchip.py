@@ -413,6 +413,18 @@ def _block_size(n: int) -> int:
     return block
 
 
+def _tiles(q: torch.Tensor, dropout_p: float) -> Dict[str, object]:
+    """Compile-time arguments that depend on the tensors and on dropout."""
+    N, D = q.shape[-2:]
+    return dict(
+        DROPOUT=dropout_p > 0.,
+        PRECISION='tf32x3' if q.dtype == torch.float32 else 'tf32',
+        EVEN=N == _block_size(N) and D == _block_size(D),
+        BLOCK_N=_block_size(N),
+        BLOCK_D=_block_size(D),
+    )
+
+
 def _specialize(
         q: torch.Tensor,
         operand: str,
@@ -422,22 +434,17 @@ def _specialize(
         distance: str,
 ) -> Dict[str, object]:
     """Compile-time arguments of both kernels."""
-    N, D = q.shape[-2:]
     return dict(
         SELF=operand == 'q',
         COSINE=distance == 'cosine',
         SOFTMAX=softmax,
-        DROPOUT=dropout_p > 0.,
         LOG=reg < SCALING_MIN_REG,
-        PRECISION='tf32x3' if q.dtype == torch.float32 else 'tf32',
-        EVEN=N == _block_size(N) and D == _block_size(D),
-        BLOCK_N=_block_size(N),
-        BLOCK_D=_block_size(D),
+        **_tiles(q, dropout_p),
     )
 
 
 def empty_saved(q: torch.Tensor, iters: int) -> torch.Tensor:
-    """Room for what `sot_attention_forward` keeps."""
+    """Room for two vectors of each iteration, which the forward pass keeps."""
     B, H, N, _ = q.shape
     return q.new_empty(B * H, iters, 2, _block_size(N), dtype=torch.float32)
 

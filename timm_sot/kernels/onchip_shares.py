@@ -3,7 +3,7 @@
 The formulas are those of `shares`. Kept for the backward pass are of each iteration the factors of the rows and the
 inverse sums of the columns, of which those of the columns are made.
 """
-from typing import Dict, Optional, Tuple
+from typing import Optional, Tuple
 
 import torch
 import triton
@@ -13,12 +13,13 @@ from .onchip import (
     LOG2_E,
     LOWEST_RANDOM,
     _backward_config,
-    _block_size,
     _dropout_factor,
     _forward_config,
     _inverse,
     _load,
     _store,
+    _tiles,
+    empty_saved,
 )
 from .operands import dropout_numbers, empty_heads, unit_stride
 
@@ -55,6 +56,14 @@ def _column_factors(shares, inverse_sums):
 
 
 @triton.jit
+def _shares(log_shares_ptr, problem, N, BLOCK_N: tl.constexpr):
+    """The shares of a problem's tokens, 0 in the padding."""
+    n = tl.arange(0, BLOCK_N)
+    log_shares = tl.load(log_shares_ptr + problem.to(tl.int64) * N + n, mask=n < N, other=float('-inf'))
+    return tl.exp2(log_shares * LOG2_E)
+
+
+@triton.jit
 def _weights(kernel, b):
     weights = kernel * b[None, :]
     return weights * _inverse(tl.sum(weights, 1))[:, None]
@@ -82,8 +91,7 @@ def _forward_kernel(
     y = _load(k_ptr + batch * stride_kb + head * stride_kh, stride_kn, 1, N, D, EVEN, BLOCK_N, BLOCK_D)
     cosines, _, _ = _cosines(x, y, PRECISION)
     kernel = _kernel(cosines, tl.load(scale_ptr + head), N, EVEN, BLOCK_N)
-    log_shares = tl.load(log_shares_ptr + problem.to(tl.int64) * N + n, mask=n < N, other=float('-inf'))
-    shares = tl.exp2(log_shares * LOG2_E)
+    shares = _shares(log_shares_ptr, problem, N, BLOCK_N)
 
     vectors_ptr += problem.to(tl.int64) * iters * 2 * BLOCK_N
     b = tl.where(n < N, 1., 0.)
@@ -132,8 +140,7 @@ def _backward_kernel(
     cosines, _, _ = _cosines(x, y, PRECISION)
     scale = tl.load(scale_ptr + head)
     kernel = _kernel(cosines, scale, N, EVEN, BLOCK_N)
-    log_shares = tl.load(log_shares_ptr + problem.to(tl.int64) * N + n, mask=n < N, other=float('-inf'))
-    shares = tl.exp2(log_shares * LOG2_E)
+    shares = _shares(log_shares_ptr, problem, N, BLOCK_N)
     ones = tl.where(n < N, 1., 0.)
     vectors_ptr += (problem.to(tl.int64) + 1) * iters * 2 * BLOCK_N - 2 * BLOCK_N
     b = ones
@@ -197,24 +204,6 @@ def _backward_kernel(
     _store(grad_k_ptr + grad_offset, grad_y, H * D, 1, N, D, EVEN, BLOCK_N, BLOCK_D)
 
 
-def _specialize(q: torch.Tensor, dropout_p: float) -> Dict[str, object]:
-    """Compile-time arguments of both kernels."""
-    N, D = q.shape[-2:]
-    return dict(
-        DROPOUT=dropout_p > 0.,
-        PRECISION='tf32x3' if q.dtype == torch.float32 else 'tf32',
-        EVEN=N == _block_size(N) and D == _block_size(D),
-        BLOCK_N=_block_size(N),
-        BLOCK_D=_block_size(D),
-    )
-
-
-def empty_saved(q: torch.Tensor, iters: int) -> torch.Tensor:
-    """Room for what `shares_forward` keeps."""
-    B, H, N, _ = q.shape
-    return q.new_empty(B * H, iters, 2, _block_size(N), dtype=torch.float32)
-
-
 def shares_forward(
         q: torch.Tensor,
         k: torch.Tensor,
@@ -229,7 +218,7 @@ def shares_forward(
     the factors of the rows and the inverse sums of the columns, (B * H, iters, 2, padded N) in float32.
     """
     B, H, N, D = q.shape
-    options = _specialize(q, dropout_p)
+    options = _tiles(q, dropout_p)
     q, k, v = map(unit_stride, (q, k, v))
     out, vectors = empty_heads(q), empty_saved(q, iters)
     config = _forward_config(options['BLOCK_N'], options['BLOCK_D'], q.dtype)
@@ -256,7 +245,7 @@ def shares_backward(
 ) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients for q, k and v, in their dtype, the scale by problem, (B, H), and the logarithms of the shares."""
     B, H, N, D = q.shape
-    options = _specialize(q, dropout_p)
+    options = _tiles(q, dropout_p)
     q, k, v, grad_out = map(unit_stride, (q, k, v, grad_out))
     grads = [empty_heads(q) for _ in range(3)]
     grad_scale, grad_log_shares = scale.new_empty(B, H), log_shares.new_empty(B, H, N)

@@ -48,7 +48,7 @@ def fused_shares_attention(
         q: Queries.
         k: Keys.
         v: Values; the queries and keys are taken in their dtype.
-        scale: Factor on the cosines for each head, (H,), in float32, at most 40.
+        scale: Factor on the cosines for each head, (H,), in float32, at most `1 / attention.MIN_REG`.
         log_shares: Logarithms of the shares of the tokens, (B, H, N), in float32.
         iters: Number of Sinkhorn iterations; 0 for softmax.
         dropout_p: Dropout probability of the weights, see `fused.fused_sot_attention`.
