@@ -1,4 +1,4 @@
-""" Compiles the Triton kernels for Hopper, without a GPU: python compile_kernels.py onchip|shares|streamed
+""" Compiles the Triton kernels for Hopper, without a GPU: python compile_kernels.py onchip|onchip_shares|streamed|streamed_shares
 
 Prints what each needs as JSON: registers, bytes of stack (what does not fit into registers) and of shared memory.
 """
@@ -14,7 +14,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from timm_sot.kernels import onchip, onchip_shares, streamed
+from timm_sot.kernels import onchip, onchip_shares, streamed, streamed_shares
 
 POINTERS = {torch.float32: '*fp32', torch.bfloat16: '*bf16', torch.float16: '*fp16'}
 INDICES = {'index_ptr', 'row_max_index_ptr', 'largest_i_ptr', 'largest_j_ptr'}
@@ -29,7 +29,7 @@ def matrices(kernel):
     names = set(MATRICES)
     if 'value_ptr' not in kernel.arg_names:  # else v stands for a potential
         names |= {'v_ptr', 'grad_v_ptr'}
-    if kernel.__name__ in ('_forward_kernel', '_output_kernel', '_cost_gradient_kernel'):
+    if kernel.__name__ in ('_forward_kernel', '_output_kernel', '_cost_gradient_kernel', '_cosine_gradient_kernel'):
         names.add('out_ptr')
     return names
 
@@ -80,7 +80,7 @@ def onchip_needs():
             yield f'{way} {name}', needs(getattr(onchip, f'_{way}_kernel'), dtype, constants, **options)
 
 
-def shares_needs():
+def onchip_shares_needs():
     for name, N, D, dtype, dropout_p in (
             ('bf16 64', 64, 64, torch.bfloat16, 0.1),
             ('f32 64', 64, 64, torch.float32, 0.),
@@ -93,21 +93,37 @@ def shares_needs():
             yield f'{way} {name}', needs(getattr(onchip_shares, f'_{way}_kernel'), dtype, constants, **options)
 
 
+def needs_by_axis(module, names, constants, dtype=torch.bfloat16, **options):
+    for name in names:
+        kernel = getattr(module, name)
+        for axis in (1, 0) if 'AXIS' in kernel.arg_names else (None,):
+            own = {k: v for k, v in dict(constants, AXIS=axis).items() if k in kernel.arg_names}
+            yield f'{name} {axis}', needs(kernel, dtype, own, num_warps=4, **options)
+
+
 def streamed_needs():
     constants = dict(
         ADD=False, INIT=True, PLAN=True, SOFTMAX=True, DROPOUT=False, COSINE=False, PRECISION='tf32',
         BLOCK=streamed.BLOCK, BLOCK_D=64)
-    for name in ('_norms_kernel', '_row_max_kernel', '_logsumexp_kernel', '_output_kernel', '_softmax_sums_kernel',
-                 '_plan_gradient_kernel', '_adjoint_kernel', '_cost_gradient_kernel'):
-        kernel = getattr(streamed, name)
-        for axis in (1, 0) if 'AXIS' in kernel.arg_names else (None,):
-            own = {k: v for k, v in dict(constants, AXIS=axis).items() if k in kernel.arg_names}
-            yield f'{name} {axis}', needs(kernel, torch.bfloat16, own, num_warps=4, num_stages=3)
+    yield from needs_by_axis(streamed, (
+        '_norms_kernel', '_row_max_kernel', '_logsumexp_kernel', '_output_kernel', '_softmax_sums_kernel',
+        '_plan_gradient_kernel', '_adjoint_kernel', '_cost_gradient_kernel'), constants, num_stages=3)
     # what takes the most shared memory
-    own = dict(own, PRECISION='tf32x3', BLOCK_D=128, AXIS=0)
-    yield 'f32 128', needs(streamed._cost_gradient_kernel, torch.float32, own, num_warps=4, num_stages=1)
+    constants.update(PRECISION='tf32x3', BLOCK_D=128)
+    for name, need in needs_by_axis(streamed, ('_cost_gradient_kernel',), constants, torch.float32, num_stages=1):
+        yield f'f32 128 {name}', need
+
+
+def streamed_shares_needs():
+    constants = dict(SHARES=True, DROPOUT=True, PRECISION='tf32', BLOCK=streamed.BLOCK, BLOCK_D=64)
+    yield from needs_by_axis(streamed_shares, (
+        '_factors_kernel', '_output_kernel', '_row_sums_kernel', '_value_gradient_kernel', '_adjoint_kernel',
+        '_cosine_gradient_kernel'), constants, num_stages=3)
+    constants.update(PRECISION='tf32x3', BLOCK_D=128)
+    for name, need in needs_by_axis(
+            streamed_shares, ('_value_gradient_kernel', '_cosine_gradient_kernel'), constants, torch.float32, num_stages=1):
+        yield f'f32 128 {name}', need
 
 
 if __name__ == '__main__':
-    found = dict(onchip=onchip_needs, shares=shares_needs, streamed=streamed_needs)[sys.argv[1]]
-    print(json.dumps(dict(found())))
+    print(json.dumps(dict(globals()[f'{sys.argv[1]}_needs']())))

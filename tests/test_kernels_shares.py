@@ -14,13 +14,15 @@ from timm_sot.kernels.threads import loops_work
 
 CPU = pytest.param('cpu', marks=pytest.mark.skipif(not loops_work(), reason='needs numba'))
 ONCHIP = pytest.param('onchip', marks=pytest.mark.skipif(not HAS_TRITON, reason='needs triton'))
-ON_ALL = pytest.mark.parametrize('path', [CPU, ONCHIP])
+STREAMED = pytest.param('streamed', marks=pytest.mark.skipif(not HAS_TRITON, reason='needs triton'))
+ON_ALL = pytest.mark.parametrize('path', [CPU, ONCHIP, STREAMED])
+ON_QUICK = pytest.mark.parametrize('path', [CPU, ONCHIP])  # the rest of `streamed`: test_kernels_streamed_shares.py
 ON_CPU = pytest.mark.parametrize('path', [CPU])
 
 
 @pytest.mark.parametrize('iters', [0, 1, 5, 40])
 @pytest.mark.parametrize('reg', [MIN_REG, 0.1, 1., 10.])
-@ON_ALL
+@ON_QUICK
 def test_equals_reference(path, reg, iters):
     tensors = inputs(path, 2, 2, 32, 32, reg=reg)
     assert_close(run(path, *tensors, iters=iters), expected(*tensors, iters=iters), slack=10. if reg < 0.1 else 1.)
@@ -52,7 +54,7 @@ def test_half(path, dtype):
 @pytest.mark.parametrize('share', [0., 1., 1e3, 1e30])
 @pytest.mark.parametrize('reg', [MIN_REG, 0.1, 1e3])
 @pytest.mark.parametrize('dtype', BARS)
-@ON_ALL
+@ON_QUICK
 def test_degenerate(path, dtype, reg, share):
     device = device_of(path)
     q, k, v, grad = degenerate(4, 16, 16, dtype, device)
@@ -108,7 +110,7 @@ def test_strides(path, layout):
 
 
 @pytest.mark.parametrize('N', [16, 20])
-@ON_ALL
+@ON_QUICK
 def test_dropout(path, N):
     q, k, v, *learned, grad = inputs(path, 3, 2, N, 32)
 
@@ -133,7 +135,7 @@ def test_repeats(path):
 
 @pytest.mark.parametrize('dtype', BARS)
 @pytest.mark.parametrize('p', [0., 0.2])
-@ON_ALL
+@ON_QUICK
 def test_opcheck(path, dtype, p):
     q, k, v, log_reg, share, grad = inputs(path, 2, 2, 17, 16, dtype)
     scale, shares = parameters(k, log_reg, share)

@@ -13,7 +13,7 @@ from torch import nn
 
 from ._autoload import autoload
 from .kernels.fused import choose_path, fused_sot_attention
-from .kernels.shares import PATHS as SHARES_PATHS, fused_shares_attention
+from .kernels.shares import fused_shares_attention
 from .solver import operators_work, scale_to_shares
 from .transform import autocast_disabled, check_transform_args, compute_dtype, sot_matrix, unit_rows
 
@@ -176,7 +176,7 @@ def shares_attention(
     """What `shares_attention_weights` give of the values, (B, H, N, D) each, by the fastest means of the device."""
     if not torch.jit.is_scripting():
         path = choose_path(q.device, v.dtype, q.shape[-2], q.shape[-1]) if operators_work() else 'eager'
-        if path in SHARES_PATHS:
+        if path != 'eager':
             return _fused_shares_attention(q, k, v, log_reg, share, iters, dropout_p, path)
     return F.dropout(shares_attention_weights(q, k, log_reg, share, iters), dropout_p) @ v
 

@@ -17,7 +17,6 @@ from ..attention import (
     sot_attention_weights,
 )
 from ..kernels.fused import choose_path
-from ..kernels.shares import PATHS as SHARES_PATHS
 from ..solver import sinkhorn
 from ..study.runner import build_model
 
@@ -158,13 +157,10 @@ def core_group(
         saved = 2 * ITERS if phase == TRAIN else 0
         path = choose_path(device, dtype, N, D)
 
-        def path_of(variant):
-            return 'eager' if VARIANTS[variant].learned and path not in SHARES_PATHS else path
-
         return [
             contender('sdpa', F.scaled_dot_product_attention),
             contender('softmax', eager_softmax),
-            *(contender(name, sot_core(name), path=path_of(name)) for name in variants if name != 'sot_qkt' or N == D),
+            *(contender(name, sot_core(name), path=path) for name in variants if name != 'sot_qkt' or N == D),
             contender('sot_qk unfused', unfused_core('sot_qk'), matrices=10 + saved),
             contender('original', original(None), graph=False, matrices=10 + saved),
             contender('original tol=0.1', original(0.1), graph=False, matrices=10 + saved),

@@ -1,7 +1,8 @@
 """ Attention by a transport plan with learned marginals as one operator
 
 The kernel of the plan is exp((cos(q_i, k_j) - 1) scale), with a scale for each head; its rows have equal masses and its
-columns given ones, the shares. `cpu_shares` and `onchip_shares` compute it.
+columns given ones, the shares. `cpu_shares`, `onchip_shares` and `streamed_shares` compute it, by the rule of
+`fused.choose_path`.
 
 With P the weights, rows of which sum to 1, and G the gradient of log P, that of log K is
 
@@ -21,15 +22,12 @@ import torch
 
 from .operands import check_one_device, empty_heads, refuse_second_derivative
 
-__all__ = ['PATHS', 'fused_shares_attention']
-
-# Of what `fused.choose_path` answers, where there is an implementation: `streamed` has none.
-PATHS = {'cpu': 'cpu_shares', 'onchip': 'onchip_shares'}
+__all__ = ['fused_shares_attention']
 
 
 @functools.lru_cache(maxsize=None)
 def _implementation(path: str) -> ModuleType:
-    return importlib.import_module(f'{__package__}.{PATHS[path]}')
+    return importlib.import_module(f'{__package__}.{path}_shares')
 
 
 def fused_shares_attention(
@@ -52,7 +50,7 @@ def fused_shares_attention(
         log_shares: Logarithms of the shares of the tokens, (B, H, N), in float32.
         iters: Number of Sinkhorn iterations; 0 for softmax.
         dropout_p: Dropout probability of the weights, see `fused.fused_sot_attention`.
-        path: A key of PATHS.
+        path: As `fused.choose_path` returns it, but not 'eager'.
     """
     q, k = q.to(v.dtype), k.to(v.dtype)  # under autocast a norm of the queries and keys widens them, but not the values
     seed = torch.randint(2 ** 62, (), device=q.device) if dropout_p > 0. else None
