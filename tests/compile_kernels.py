@@ -1,4 +1,4 @@
-""" Compiles the Triton kernels for Hopper, without a GPU: python compile_kernels.py onchip|onchip_shares|streamed|streamed_shares
+""" Compiles the Triton kernels of a module for Hopper, without a GPU: python compile_kernels.py onchip
 
 Prints what each needs as JSON: registers, bytes of stack (what does not fit into registers) and of shared memory.
 """
@@ -120,8 +120,8 @@ def streamed_shares_needs():
         '_factors_kernel', '_output_kernel', '_row_sums_kernel', '_value_gradient_kernel', '_adjoint_kernel',
         '_cosine_gradient_kernel'), constants, num_stages=3)
     constants.update(PRECISION='tf32x3', BLOCK_D=128)
-    for name, need in needs_by_axis(
-            streamed_shares, ('_value_gradient_kernel', '_cosine_gradient_kernel'), constants, torch.float32, num_stages=1):
+    largest = ('_value_gradient_kernel', '_cosine_gradient_kernel')
+    for name, need in needs_by_axis(streamed_shares, largest, constants, torch.float32, num_stages=1):
         yield f'f32 128 {name}', need
 
 

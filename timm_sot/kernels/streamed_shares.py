@@ -453,8 +453,8 @@ def shares_forward(
         dropout_p: float,
         seed: Optional[torch.Tensor],
 ) -> Tuple[torch.Tensor, torch.Tensor]:
-    """Output (B, H, N, D) for any N, arguments as `shares.fused_shares_attention`, and a tensor without elements: nothing
-    is kept for the backward pass.
+    """Output (B, H, N, D) for any N, arguments as `shares.fused_shares_attention`, and a tensor without elements, as
+    nothing is kept for the backward pass.
     """
     problem = _prepare(q, k, scale)
     v = unit_stride(v)
