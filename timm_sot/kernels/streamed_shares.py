@@ -28,9 +28,9 @@ def _cosines(x, y, inv_x, inv_y, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def _kernel(cosines, i, j, N, scale):
-    """exp((cosine - 1) scale), 0 in the padding."""
-    return tl.where((i < N)[:, None] & (j < N)[None, :], tl.exp2((cosines - 1.) * (scale * LOG2_E)), 0.)
+def _kernel(cosines, scale):
+    """exp((cosine - 1) scale). In the padding, where it is not 0, all that it is multiplied with is."""
+    return tl.exp2((cosines - 1.) * (scale * LOG2_E))
 
 
 @triton.jit
@@ -76,7 +76,7 @@ def _factors_kernel(
         weights = _vector(weights_ptr + vectors, other, N)
         if SHARES:
             weights *= _vector(shares_ptr + vectors, other, N)
-        kernel = _kernel(_cosines(x, y, inv_x, inv_y, PRECISION), i, j, N, scale)
+        kernel = _kernel(_cosines(x, y, inv_x, inv_y, PRECISION), scale)
         weighted += tl.sum(kernel * tl.expand_dims(weights, 1 - AXIS), AXIS)
         total += tl.sum(weights, 0)
     tl.store(out_ptr + vectors + own, total / tl.where(own < N, weighted, 1.), mask=own < N)
@@ -111,7 +111,7 @@ def _output_kernel(
         j = start + tl.arange(0, BLOCK)
         y = _load(y_ptr, j, stride_yn, 1, N, D, BLOCK_D)
         cosines = _cosines(x, y, inv_x, _vector(inv_y_ptr + vectors, j, N), PRECISION)
-        weights = _kernel(cosines, i, j, N, scale) * a[:, None] * _vector(b_ptr + vectors, j, N)[None, :]
+        weights = _kernel(cosines, scale) * a[:, None] * _vector(b_ptr + vectors, j, N)[None, :]
         if DROPOUT:
             weights *= _dropout_factor(seed_ptr, problem, i, start, drop_below, keep_factor, BLOCK)
         value = _load(value_ptr, j, stride_vn, 1, N, D, BLOCK_D)
@@ -152,7 +152,7 @@ def _row_sums_kernel(
         j = start + tl.arange(0, BLOCK)
         y = _load(y_ptr, j, stride_yn, 1, N, D, BLOCK_D)
         cosines = _cosines(x, y, inv_x, _vector(inv_y_ptr + vectors, j, N), PRECISION)
-        weights = _kernel(cosines, i, j, N, scale) * _vector(b_ptr + vectors, j, N)[None, :]
+        weights = _kernel(cosines, scale) * _vector(b_ptr + vectors, j, N)[None, :]
         total += tl.sum(weights, 1)
         if DROPOUT:
             weights *= _dropout_factor(seed_ptr, problem, i, start, drop_below, keep_factor, BLOCK)
@@ -216,7 +216,7 @@ def _value_gradient_kernel(
         i = start + tl.arange(0, BLOCK)
         x = _load(x_ptr, i, stride_xn, 1, N, D, BLOCK_D)
         grad_out = _load(grad_out_ptr, i, stride_on, 1, N, D, BLOCK_D)
-        kernel = _kernel(_cosines(x, y, _vector(inv_x_ptr + vectors, i, N), inv_y, PRECISION), i, j, N, scale)
+        kernel = _kernel(_cosines(x, y, _vector(inv_x_ptr + vectors, i, N), inv_y, PRECISION), scale)
         dropped, grad = _tile_gradients(
             kernel, _vector(a_ptr + vectors, i, N), b, _vector(delta_ptr + vectors, i, N), value, grad_out,
             i, own_start, seed_ptr, problem, drop_below, keep_factor, DROPOUT, PRECISION, BLOCK)
@@ -264,10 +264,9 @@ def _adjoint_kernel(
             i = other
             x = _load(x_ptr, i, stride_xn, 1, N, D, BLOCK_D)
             inv_x = _vector(inv_x_ptr + vectors, i, N)
-        kernel = _kernel(_cosines(x, y, inv_x, inv_y, PRECISION), i, j, N, scale)
+        kernel = _kernel(_cosines(x, y, inv_x, inv_y, PRECISION), scale)
         total += tl.sum(kernel * tl.expand_dims(_vector(grad_ptr + vectors, other, N), 1 - AXIS), AXIS)
-    # in this order: the product of both factors may be too large
-    out = -(_vector(normalized_ptr + vectors, own, N) * total) * _vector(factor_ptr + vectors, own, N)
+    out = -total * _vector(normalized_ptr + vectors, own, N) * _vector(factor_ptr + vectors, own, N)
     tl.store(out_ptr + vectors + own, out, mask=own < N)
 
 
@@ -324,7 +323,7 @@ def _cosine_gradient_kernel(
         inv_x = _vector(inv_x_ptr + vectors, i, N)
         inv_y = _vector(inv_y_ptr + vectors, j, N)
         cosines = _cosines(x, y, inv_x, inv_y, PRECISION)
-        kernel = _kernel(cosines, i, j, N, scale)
+        kernel = _kernel(cosines, scale)
 
         # of the logarithm of the kernel
         _, grad = _tile_gradients(
