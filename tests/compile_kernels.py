@@ -115,7 +115,7 @@ def streamed_needs():
 
 
 def streamed_shares_needs():
-    constants = dict(SHARES=True, DROPOUT=True, PRECISION='tf32', BLOCK=streamed.BLOCK, BLOCK_D=64)
+    constants = dict(DROPOUT=True, PRECISION='tf32', BLOCK=streamed.BLOCK, BLOCK_D=64)
     yield from needs_by_axis(streamed_shares, (
         '_factors_kernel', '_output_kernel', '_row_sums_kernel', '_value_gradient_kernel', '_adjoint_kernel',
         '_cosine_gradient_kernel'), constants, num_stages=3)

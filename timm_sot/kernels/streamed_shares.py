@@ -34,18 +34,19 @@ def _kernel(cosines, scale):
 
 
 @triton.jit
-def _factors_kernel(
-        x_ptr, y_ptr, inv_x_ptr, inv_y_ptr, scale_ptr, weights_ptr, shares_ptr, out_ptr,
+def _product(
+        x_ptr, y_ptr, inv_x_ptr, inv_y_ptr, scale_ptr, weights_ptr,
         stride_xb, stride_xh, stride_xn,
         stride_yb, stride_yh, stride_yn,
         H, N, D,
         AXIS: tl.constexpr,
-        SHARES: tl.constexpr,
         PRECISION: tl.constexpr,
         BLOCK: tl.constexpr,
         BLOCK_D: tl.constexpr,
 ):
-    """A half-iteration: 1 / mean of the kernel along AXIS by the weights, with SHARES by their product with these."""
+    """Sums of kernel * weights along AXIS for this program's block, and the sum of the weights; where the block is in a
+    vector of all problems, and which of its entries are there.
+    """
     problem, own_start = _place(N, BLOCK)
     head = problem % H
     x_ptr += (problem // H).to(tl.int64) * stride_xb + head.to(tl.int64) * stride_xh
@@ -61,7 +62,7 @@ def _factors_kernel(
     else:
         y = _load(y_ptr, j, stride_yn, 1, N, D, BLOCK_D)
         inv_y = _vector(inv_y_ptr + vectors, j, N)
-    weighted = tl.zeros([BLOCK], tl.float32)
+    product = tl.zeros([BLOCK], tl.float32)
     total = tl.zeros([BLOCK], tl.float32)
     for start in range(0, N, BLOCK):
         other = start + tl.arange(0, BLOCK)
@@ -74,12 +75,47 @@ def _factors_kernel(
             x = _load(x_ptr, i, stride_xn, 1, N, D, BLOCK_D)
             inv_x = _vector(inv_x_ptr + vectors, i, N)
         weights = _vector(weights_ptr + vectors, other, N)
-        if SHARES:
-            weights *= _vector(shares_ptr + vectors, other, N)
         kernel = _kernel(_cosines(x, y, inv_x, inv_y, PRECISION), scale)
-        weighted += tl.sum(kernel * tl.expand_dims(weights, 1 - AXIS), AXIS)
+        product += tl.sum(kernel * tl.expand_dims(weights, 1 - AXIS), AXIS)
         total += tl.sum(weights, 0)
-    tl.store(out_ptr + vectors + own, total / tl.where(own < N, weighted, 1.), mask=own < N)
+    return product, total, vectors + own, own < N
+
+
+@triton.jit
+def _factors_kernel(
+        x_ptr, y_ptr, inv_x_ptr, inv_y_ptr, scale_ptr, weights_ptr, out_ptr,
+        stride_xb, stride_xh, stride_xn,
+        stride_yb, stride_yh, stride_yn,
+        H, N, D,
+        AXIS: tl.constexpr,
+        PRECISION: tl.constexpr,
+        BLOCK: tl.constexpr,
+        BLOCK_D: tl.constexpr,
+):
+    """A half-iteration: 1 / mean of the kernel along AXIS by the weights."""
+    product, total, at, inside = _product(
+        x_ptr, y_ptr, inv_x_ptr, inv_y_ptr, scale_ptr, weights_ptr, stride_xb, stride_xh, stride_xn,
+        stride_yb, stride_yh, stride_yn, H, N, D, AXIS, PRECISION, BLOCK, BLOCK_D)
+    tl.store(out_ptr + at, total / product, mask=inside)
+
+
+@triton.jit
+def _adjoint_kernel(
+        x_ptr, y_ptr, inv_x_ptr, inv_y_ptr, scale_ptr, grad_ptr, normalized_ptr, factor_ptr, out_ptr,
+        stride_xb, stride_xh, stride_xn,
+        stride_yb, stride_yh, stride_yn,
+        H, N, D,
+        AXIS: tl.constexpr,
+        PRECISION: tl.constexpr,
+        BLOCK: tl.constexpr,
+        BLOCK_D: tl.constexpr,
+):
+    """A half-iteration backwards: out = -normalized (sum of kernel * grad along AXIS) factor."""
+    product, _, at, inside = _product(
+        x_ptr, y_ptr, inv_x_ptr, inv_y_ptr, scale_ptr, grad_ptr, stride_xb, stride_xh, stride_xn,
+        stride_yb, stride_yh, stride_yn, H, N, D, AXIS, PRECISION, BLOCK, BLOCK_D)
+    normalized = tl.load(normalized_ptr + at, mask=inside, other=0.)
+    tl.store(out_ptr + at, -product * normalized * tl.load(factor_ptr + at, mask=inside, other=0.), mask=inside)
 
 
 @triton.jit(do_not_specialize=['drop_below'])
@@ -226,50 +262,6 @@ def _value_gradient_kernel(
     _store(grad_value_ptr + (batch * N * H + head) * D, grad_value, j, H * D, 1, N, D, BLOCK_D)
 
 
-@triton.jit
-def _adjoint_kernel(
-        x_ptr, y_ptr, inv_x_ptr, inv_y_ptr, scale_ptr, grad_ptr, normalized_ptr, factor_ptr, out_ptr,
-        stride_xb, stride_xh, stride_xn,
-        stride_yb, stride_yh, stride_yn,
-        H, N, D,
-        AXIS: tl.constexpr,
-        PRECISION: tl.constexpr,
-        BLOCK: tl.constexpr,
-        BLOCK_D: tl.constexpr,
-):
-    """A half-iteration backwards: out = -normalized (sum of kernel * grad along AXIS) factor."""
-    problem, own_start = _place(N, BLOCK)
-    head = problem % H
-    x_ptr += (problem // H).to(tl.int64) * stride_xb + head.to(tl.int64) * stride_xh
-    y_ptr += (problem // H).to(tl.int64) * stride_yb + head.to(tl.int64) * stride_yh
-    vectors = problem.to(tl.int64) * N
-    scale = tl.load(scale_ptr + head)
-    own = own_start + tl.arange(0, BLOCK)
-    i = own
-    j = own
-    if AXIS == 1:
-        x = _load(x_ptr, i, stride_xn, 1, N, D, BLOCK_D)
-        inv_x = _vector(inv_x_ptr + vectors, i, N)
-    else:
-        y = _load(y_ptr, j, stride_yn, 1, N, D, BLOCK_D)
-        inv_y = _vector(inv_y_ptr + vectors, j, N)
-    total = tl.zeros([BLOCK], tl.float32)
-    for start in range(0, N, BLOCK):
-        other = start + tl.arange(0, BLOCK)
-        if AXIS == 1:
-            j = other
-            y = _load(y_ptr, j, stride_yn, 1, N, D, BLOCK_D)
-            inv_y = _vector(inv_y_ptr + vectors, j, N)
-        else:
-            i = other
-            x = _load(x_ptr, i, stride_xn, 1, N, D, BLOCK_D)
-            inv_x = _vector(inv_x_ptr + vectors, i, N)
-        kernel = _kernel(_cosines(x, y, inv_x, inv_y, PRECISION), scale)
-        total += tl.sum(kernel * tl.expand_dims(_vector(grad_ptr + vectors, other, N), 1 - AXIS), AXIS)
-    out = -total * _vector(normalized_ptr + vectors, own, N) * _vector(factor_ptr + vectors, own, N)
-    tl.store(out_ptr + vectors + own, out, mask=own < N)
-
-
 @triton.jit(do_not_specialize=['problems', 'iters', 'drop_below'])
 def _cosine_gradient_kernel(
         x_ptr, y_ptr, inv_x_ptr, inv_y_ptr, scale_ptr, value_ptr, grad_out_ptr, a_ptr, b_ptr, delta_ptr, seed_ptr,
@@ -412,30 +404,21 @@ def _normalize(weights: torch.Tensor) -> torch.Tensor:
     return weights / weights.sum(dim=-1, keepdim=True)
 
 
-def _half_iteration(
-        problem: _Problem,
-        weights: torch.Tensor,
-        shares: Optional[torch.Tensor],
-        out: torch.Tensor,
-        axis: int,
-) -> None:
+def _half_iteration(problem: _Problem, weights: torch.Tensor, out: torch.Tensor, axis: int) -> None:
     _factors_kernel[problem.grid](
-        *problem.tensors, weights, weights if shares is None else shares, out,
-        *problem.strides, *problem.sizes, AXIS=axis, SHARES=shares is not None, **problem.options)
+        *problem.tensors, weights, out, *problem.strides, *problem.sizes, AXIS=axis, **problem.options)
 
 
 def _iterate(problem: _Problem, shares: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
     """Row factors and inverse sums of the columns of each iteration, into `rows` and `columns`; then the last column
     factors, of sum 1.
     """
-    uniform = torch.full_like(shares, 1. / shares.shape[-1])
-    for t in range(len(rows)):
-        if t == 0:
-            _half_iteration(problem, uniform, None, rows[t], 1)
-        else:
-            _half_iteration(problem, columns[t - 1], shares, rows[t], 1)
-        _half_iteration(problem, rows[t], None, columns[t], 0)
-    return _normalize(shares * columns[-1]) if len(rows) else uniform
+    b = torch.ones_like(shares)
+    for a, inverse_sums in zip(rows, columns):
+        _half_iteration(problem, b, a, 1)
+        _half_iteration(problem, a, inverse_sums, 0)
+        b = shares * inverse_sums
+    return _normalize(b)
 
 
 def _flat_shares(log_shares: torch.Tensor) -> torch.Tensor:
@@ -460,7 +443,7 @@ def shares_forward(
     # one vector each is enough here: an iteration reads what it then replaces, in passes one after the other
     rows, columns = problem.vectors(), problem.vectors()
     b = _iterate(problem, _flat_shares(log_shares), rows.expand(iters, -1, -1), columns.expand(iters, -1, -1))
-    _half_iteration(problem, b, None, rows, 1)
+    _half_iteration(problem, b, rows, 1)
     out = empty_heads(q)
     _output_kernel[problem.grid](
         *problem.tensors, v, out, rows, b, rows if seed is None else seed,
