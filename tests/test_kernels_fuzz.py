@@ -1,10 +1,12 @@
-""" Every implementation of the operator on inputs that nobody thought of """
+""" Every implementation of the operators on inputs that nobody thought of """
 import math
 
 import pytest
 import torch
 
+import shares
 from kernels import PATHS, VARIANTS, assert_close, device_of, expected, make_inputs, run
+from timm_sot.attention import MIN_REG
 
 pytest.importorskip('hypothesis')
 from hypothesis import HealthCheck, example, given, settings, strategies as st
@@ -55,3 +57,35 @@ def test_never_nan(path, variant, seed, N, D, dtype, layout, reg, scale, iters, 
         assert x.isfinite().all(), name
     if dtype == torch.float32 and not degenerate_rows and reg >= 0.05:
         assert_close(actual[:1], expected(*tensors, variant, reg, iters, distance=distance)[:1], slack=10.)
+
+
+@pytest.mark.slow
+@given(
+    seed=st.integers(0, 2 ** 20),
+    N=st.one_of(st.integers(1, 40), st.sampled_from([64, 65, 100])),
+    D=st.sampled_from([4, 16, 24, 64]),
+    dtype=st.sampled_from(['float32', 'float16', 'bfloat16']),
+    layout=st.sampled_from(sorted(LAYOUTS)),
+    reg=st.floats(math.log(MIN_REG), math.log(10.)).map(math.exp),
+    share=st.sampled_from([0., 0.3, 30., 3000.]),
+    scale=st.sampled_from([1e-2, 1., 1e2]),
+    iters=st.integers(0, 6),
+    degenerate_rows=st.booleans(),
+)
+@settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@pytest.mark.parametrize('path', PATHS)
+def test_shares_never_nan(path, seed, N, D, dtype, layout, reg, share, scale, iters, degenerate_rows):
+    dtype = getattr(torch, dtype)
+    q, k, v, *learned, grad = shares.inputs(
+        path, 2, 1, N, D, dtype, reg=reg, share=share / scale if share < 1. else share, scale=scale, seed=seed)
+    if degenerate_rows:
+        q, k = q.clone(), k.clone()
+        k[:, 0, ::3] = k[:, 0, :1]
+        q[:, 0, ::2] = k[:, 0, :1]
+        q[0, :, -1], k[0, :, 0] = 0, 0
+    tensors = *map(LAYOUTS[layout], (q, k, v)), *learned, LAYOUTS[layout](grad)
+    actual = shares.run(path, *tensors, iters=iters)
+    for name, x in zip(shares.NAMES, actual):
+        assert x is None or x.isfinite().all(), name
+    if dtype == torch.float32 and not degenerate_rows and reg >= 0.05:
+        shares.assert_close(actual[:1], shares.expected(*tensors, iters=iters)[:1], slack=10.)

@@ -14,7 +14,8 @@ from timm_sot.kernels.threads import loops_work
 
 CPU = pytest.param('cpu', marks=pytest.mark.skipif(not loops_work(), reason='needs numba'))
 ONCHIP = pytest.param('onchip', marks=pytest.mark.skipif(not HAS_TRITON, reason='needs triton'))
-STREAMED = pytest.param('streamed', marks=pytest.mark.skipif(not HAS_TRITON, reason='needs triton'))
+STREAMED = pytest.param('streamed', marks=[
+    pytest.mark.skipif(not HAS_TRITON, reason='needs triton'), pytest.mark.slow])  # where it is interpreted
 ON_ALL = pytest.mark.parametrize('path', [CPU, ONCHIP, STREAMED])
 ON_QUICK = pytest.mark.parametrize('path', [CPU, ONCHIP])  # the rest of `streamed`: test_kernels_streamed_shares.py
 ON_CPU = pytest.mark.parametrize('path', [CPU])
