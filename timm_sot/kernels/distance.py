@@ -11,6 +11,7 @@ from typing import Tuple
 import torch
 
 from .operands import check_one_device
+from .operators import differentiate, operator
 
 __all__ = ['distance_by_product', 'euclidean_distance']
 
@@ -21,7 +22,7 @@ TINY = 1e-300  # below all squares of float32
 WITHOUT_FLOAT64 = {'mps'}  # device types: Apple's GPUs refuse it
 
 
-@torch.library.custom_op('timm_sot::euclidean_distance', mutates_args=())
+@operator
 def euclidean_distance(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     """||x_i - y_j||_2 of points (..., N, D), (..., M, D) in float32 or float64, to (..., N, M)."""
     if x.dtype == torch.float64 or x.device.type != 'cpu':
@@ -30,13 +31,13 @@ def euclidean_distance(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     return squares.masked_fill_(equal, 0.).sqrt_().to(x.dtype)  # float32 has no squares above 1e38
 
 
-@euclidean_distance.register_fake
+@torch.library.register_fake(euclidean_distance)
 def _(x, y):
     check_one_device(x, y)
     return x.new_empty(*x.shape[:-1], y.shape[-2])
 
 
-@torch.library.custom_op('timm_sot::euclidean_distance_backward', mutates_args=())
+@operator
 def euclidean_distance_backward(
         grad: torch.Tensor,
         x: torch.Tensor,
@@ -65,7 +66,7 @@ def _gradients(
     return grad_x.to(dtype).contiguous(), grad_y.to(dtype).contiguous()  # as the fake promises to inductor
 
 
-@euclidean_distance_backward.register_fake
+@torch.library.register_fake(euclidean_distance_backward)
 def _(grad, x, y, distance):
     check_one_device(grad, x, y, distance)
     return x.new_empty(x.shape), y.new_empty(y.shape)
@@ -88,8 +89,8 @@ def _differentiate_again(ctx, *grads):
     return vjp(grads)
 
 
-euclidean_distance.register_autograd(_differentiate, setup_context=_setup_context)
-euclidean_distance_backward.register_autograd(_differentiate_again, setup_context=_setup_context_again)
+differentiate(euclidean_distance, _differentiate, _setup_context)
+differentiate(euclidean_distance_backward, _differentiate_again, _setup_context_again)
 
 
 def distance_by_product(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:

@@ -14,6 +14,7 @@ import torch
 
 from . import cpu
 from .operands import check_one_device, empty_gradients, empty_heads, refuse_second_derivative
+from .operators import differentiate, operator
 from .threads import loops_work
 
 __all__ = ['choose_path', 'fused_sot_attention']
@@ -118,13 +119,12 @@ def fused_sot_attention(
     """
     q, k = q.to(v.dtype), k.to(v.dtype)  # under autocast a norm of the queries and keys widens them, but not the values
     seed = torch.randint(2 ** 62, (), device=q.device) if dropout_p > 0. else None
-    out, _ = torch.ops.timm_sot.sot_attention(
-        q, k, v, operands, softmax, reg, iters, scale, dropout_p, seed, distance, path)
+    out, _ = sot_attention(q, k, v, operands, softmax, reg, iters, scale, dropout_p, seed, distance, path)
     return out
 
 
-@torch.library.custom_op('timm_sot::sot_attention', mutates_args=())
-def _forward(
+@operator
+def sot_attention(
         q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
@@ -143,14 +143,14 @@ def _forward(
             q, k, v, operands, softmax, reg, iters, scale, dropout_p, seed, distance)
 
 
-@_forward.register_fake
+@torch.library.register_fake(sot_attention)
 def _fake_forward(q, k, v, operands, softmax, reg, iters, scale, dropout_p, seed, distance, path):
     check_one_device(q, k, v)
     return empty_heads(q), _implementation(path).empty_saved(q, iters)
 
 
-@torch.library.custom_op('timm_sot::sot_attention_backward', mutates_args=())
-def _backward(
+@operator
+def sot_attention_backward(
         grad_out: torch.Tensor,
         q: torch.Tensor,
         k: torch.Tensor,
@@ -171,7 +171,7 @@ def _backward(
             grad_out, q, k, v, saved, operands, softmax, reg, iters, scale, dropout_p, seed, distance)
 
 
-@_backward.register_fake
+@torch.library.register_fake(sot_attention_backward)
 def _fake_backward(grad_out, q, k, v, saved, operands, softmax, reg, iters, scale, dropout_p, seed, distance, path):
     check_one_device(grad_out, q, k, v, saved)
     return empty_gradients(q, operands)
@@ -188,11 +188,11 @@ def _setup_context(ctx, inputs, output):
 
 def _differentiate(ctx, grad_out, _):
     q, k, v, saved, seed = ctx.saved_tensors
-    grad_q, grad_k, grad_v = torch.ops.timm_sot.sot_attention_backward(
+    grad_q, grad_k, grad_v = sot_attention_backward(
         grad_out, q, k, v, saved, *ctx.before, seed, ctx.distance, ctx.path)
     no_keys = ctx.before[0] == 'q'
     return grad_q, None if no_keys else grad_k, grad_v, *[None] * 9
 
 
-_forward.register_autograd(_differentiate, setup_context=_setup_context)
-_backward.register_autograd(refuse_second_derivative)
+differentiate(sot_attention, _differentiate, _setup_context)
+differentiate(sot_attention_backward, refuse_second_derivative)

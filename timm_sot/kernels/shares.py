@@ -21,6 +21,7 @@ from typing import Optional, Tuple
 import torch
 
 from .operands import check_one_device, empty_heads, refuse_second_derivative
+from .operators import differentiate, operator
 
 __all__ = ['fused_shares_attention']
 
@@ -54,11 +55,11 @@ def fused_shares_attention(
     """
     q, k = q.to(v.dtype), k.to(v.dtype)  # under autocast a norm of the queries and keys widens them, but not the values
     seed = torch.randint(2 ** 62, (), device=q.device) if dropout_p > 0. else None
-    out, _ = torch.ops.timm_sot.shares_attention(q, k, v, scale, log_shares, iters, dropout_p, seed, path)
+    out, _ = shares_attention(q, k, v, scale, log_shares, iters, dropout_p, seed, path)
     return out
 
 
-@torch.library.custom_op('timm_sot::shares_attention', mutates_args=())
+@operator
 def shares_attention(
         q: torch.Tensor,
         k: torch.Tensor,
@@ -75,13 +76,13 @@ def shares_attention(
         return _implementation(path).shares_forward(q, k, v, scale, log_shares, iters, dropout_p, seed)
 
 
-@shares_attention.register_fake
+@torch.library.register_fake(shares_attention)
 def _(q, k, v, scale, log_shares, iters, dropout_p, seed, path):
     check_one_device(q, k, v, scale, log_shares)
     return empty_heads(q), _implementation(path).empty_saved(q, iters)
 
 
-@torch.library.custom_op('timm_sot::shares_attention_backward', mutates_args=())
+@operator
 def shares_attention_backward(
         grad_out: torch.Tensor,
         q: torch.Tensor,
@@ -102,7 +103,7 @@ def shares_attention_backward(
     return *grads, grad_scale.sum(0), grad_log_shares
 
 
-@shares_attention_backward.register_fake
+@torch.library.register_fake(shares_attention_backward)
 def _(grad_out, q, k, v, scale, log_shares, saved, iters, dropout_p, seed, path):
     check_one_device(grad_out, q, k, v, scale, log_shares, saved)
     return *(empty_heads(q) for _ in range(3)), scale.new_empty(scale.shape), log_shares.new_empty(log_shares.shape)
@@ -118,10 +119,9 @@ def _setup_context(ctx, inputs, output):
 
 def _differentiate(ctx, grad_out, _):
     *tensors, seed = ctx.saved_tensors
-    grads = torch.ops.timm_sot.shares_attention_backward(
-        grad_out, *tensors, ctx.iters, ctx.dropout_p, seed, ctx.path)
+    grads = shares_attention_backward(grad_out, *tensors, ctx.iters, ctx.dropout_p, seed, ctx.path)
     return *grads, None, None, None, None
 
 
-shares_attention.register_autograd(_differentiate, setup_context=_setup_context)
-shares_attention_backward.register_autograd(refuse_second_derivative)
+differentiate(shares_attention, _differentiate, _setup_context)
+differentiate(shares_attention_backward, refuse_second_derivative)

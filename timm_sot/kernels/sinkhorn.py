@@ -19,6 +19,7 @@ from typing import List, Optional, Tuple
 import torch
 
 from .operands import check_one_device
+from .operators import differentiate, operator
 from .threads import loops_work, share_out
 
 __all__ = ['loops_pay', 'scaling_is_safe', 'sinkhorn', 'sum_columns', 'sum_rows']
@@ -49,7 +50,7 @@ def loops_pay(problems: torch.Tensor, scaling: bool) -> bool:
     return threads_of_a_problem <= (2 if scaling else 8)
 
 
-@torch.library.custom_op('timm_sot::sinkhorn', mutates_args=())
+@operator
 def sinkhorn(log_kernel: torch.Tensor, iters: int, row_mass: Optional[float], scaling: bool) -> torch.Tensor:
     """Log-kernel (..., N, M) to log-plan.
 
@@ -73,12 +74,12 @@ def sinkhorn(log_kernel: torch.Tensor, iters: int, row_mass: Optional[float], sc
         return (problems + u).add_(v).view(log_kernel.shape)
 
 
-@sinkhorn.register_fake
+@torch.library.register_fake(sinkhorn)
 def _(log_kernel, iters, row_mass, scaling):
     return log_kernel.new_empty(log_kernel.shape)
 
 
-@torch.library.custom_op('timm_sot::sinkhorn_backward', mutates_args=())
+@operator
 def sinkhorn_backward(
         grad: torch.Tensor,
         log_kernel: torch.Tensor,
@@ -99,7 +100,7 @@ def sinkhorn_backward(
         return out.view(log_kernel.shape)
 
 
-@sinkhorn_backward.register_fake
+@torch.library.register_fake(sinkhorn_backward)
 def _(grad, log_kernel, iters, row_mass, scaling):
     check_one_device(grad, log_kernel)
     return log_kernel.new_empty(log_kernel.shape)
@@ -138,8 +139,8 @@ def _differentiate_again(ctx, grad_grad):
     return *vjp(grad_grad), None, None, None
 
 
-sinkhorn.register_autograd(_differentiate, setup_context=_setup_context)
-sinkhorn_backward.register_autograd(_differentiate_again, setup_context=_setup_context_again)
+differentiate(sinkhorn, _differentiate, _setup_context)
+differentiate(sinkhorn_backward, _differentiate_again, _setup_context_again)
 
 
 def _log_masses(log_kernel: torch.Tensor, row_mass: Optional[float]) -> Tuple[float, float]:

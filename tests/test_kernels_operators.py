@@ -1,0 +1,102 @@
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from timm_sot.kernels.operators import differentiate, operator
+
+
+@operator
+def weighted_sum_of_a_test(x: Tensor, y: Tensor, factor: float) -> Tensor:
+    return x * factor + y
+
+
+@torch.library.register_fake(weighted_sum_of_a_test)
+def _(x, y, factor):
+    return x.new_empty(x.shape)
+
+
+@operator
+def product_of_a_test(x: Tensor, factor: float) -> Tensor:
+    return x * factor
+
+
+@torch.library.register_fake(product_of_a_test)
+def _(x, factor):
+    return x.new_empty(x.shape)
+
+
+def keep_factor(ctx, inputs, output):
+    assert len(inputs) == 3 and not output.requires_grad
+    ctx.factor = inputs[2]
+
+
+def gradients(ctx, grad):
+    return product_of_a_test(grad, ctx.factor), grad.clone(), None
+
+
+def refuse(ctx, grad):
+    raise RuntimeError('only once')
+
+
+differentiate(weighted_sum_of_a_test, gradients, keep_factor)
+differentiate(product_of_a_test, refuse)
+
+
+def test_name_and_schema():
+    assert weighted_sum_of_a_test is torch.ops.timm_sot.weighted_sum_of_a_test.default
+    assert str(weighted_sum_of_a_test._schema) == (
+        'timm_sot::weighted_sum_of_a_test(Tensor x, Tensor y, float factor) -> Tensor')
+
+
+def test_values_and_gradients():
+    x, y = torch.tensor([1., 2.], requires_grad=True), torch.tensor([3., 4.], requires_grad=True)
+    out = weighted_sum_of_a_test(x, y, 2.)
+    assert out.tolist() == [5., 8.]
+    grads = torch.autograd.grad(out, (x, y), torch.tensor([1., 10.]))
+    assert [grad.tolist() for grad in grads] == [[2., 20.], [1., 10.]]
+
+
+def test_opcheck():
+    x, y = torch.randn(2, 3, requires_grad=True), torch.randn(2, 3, requires_grad=True)
+    torch.library.opcheck(weighted_sum_of_a_test, (x, y, 2.))
+    torch.library.opcheck(weighted_sum_of_a_test, (x, y.detach(), 2.))
+
+
+def test_what_changes_its_argument_is_found():
+    """That a function keeps to the rules is not checked when it is called: `opcheck` does."""
+    @operator
+    def change_of_a_test(x: Tensor) -> Tensor:
+        return x.add_(1.)
+
+    with pytest.raises(Exception, match='alias|mutat'):
+        torch.library.opcheck(change_of_a_test, (torch.zeros(2),), test_utils='test_schema')
+
+
+@pytest.mark.parametrize('mode', [torch.no_grad, torch.inference_mode])
+def test_without_gradients_nothing_is_kept(mode):
+    x, y = torch.ones(2, requires_grad=True), torch.ones(2)
+    with mode():
+        assert weighted_sum_of_a_test(x, y, 2.).grad_fn is None
+    assert weighted_sum_of_a_test(x.detach(), y, 2.).grad_fn is None
+    assert weighted_sum_of_a_test(x, y, 2.).grad_fn.name() == 'weighted_sum_of_a_testBackward'
+
+
+def test_second_derivative():
+    x = torch.ones(2, requires_grad=True)
+    grad, = torch.autograd.grad(weighted_sum_of_a_test(x, x.detach(), 2.).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match='only once'):
+        grad.sum().backward()
+
+
+def test_compiled():
+    x, y = torch.randn(2, 3, requires_grad=True), torch.randn(2, 3)
+    out = torch.compile(lambda x, y: weighted_sum_of_a_test(x, y, 2.) * 3, fullgraph=True, backend='aot_eager')(x, y)
+    torch.testing.assert_close(out, (2 * x + y) * 3)
+    torch.testing.assert_close(torch.autograd.grad(out.sum(), x)[0], torch.full((2, 3), 6.))
+
+
+def test_fake_and_meta():
+    with FakeTensorMode():
+        assert weighted_sum_of_a_test(torch.empty(5, requires_grad=True), torch.empty(5), 1.).shape == (5,)
+    assert weighted_sum_of_a_test(*torch.empty(2, 5, device='meta'), 1.).device.type == 'meta'
