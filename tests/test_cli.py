@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+import timm_sot
 from timm_sot.cli import main
 
 
@@ -284,12 +285,17 @@ def test_attention_seed(drawn):
     assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
 
 
-@pytest.mark.parametrize('package, extra', [('matplotlib', 'viz'), ('sklearn', 'study')])
-def test_attention_without_an_extra(package, extra, monkeypatch, capsys):
+@pytest.mark.parametrize('package', ['matplotlib', 'sklearn'])
+def test_attention_without_its_extra(package, monkeypatch, capsys):
     for name in [name for name in sys.modules if name.split('.')[0] == package or name == 'timm_sot.viz.figures']:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.delattr('timm_sot.viz.figures', raising=False)
     monkeypatch.setitem(sys.modules, package, None)
     assert main(['attention', 'compare']) == 2
     printed = capsys.readouterr().err
-    assert f"pip install 'timm-sot[{extra}]'" in printed and printed.count('\n') == 1
+    assert "pip install 'timm-sot[viz]'" in printed and printed.count('\n') == 1
+
+
+def test_version(capsys):
+    assert main(['--version']) == 0
+    assert capsys.readouterr().out == f'timm-sot {timm_sot.__version__}\n'

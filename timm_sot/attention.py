@@ -173,7 +173,17 @@ def shares_attention(
         iters: int,
         dropout_p: float = 0.,
 ) -> torch.Tensor:
-    """What `shares_attention_weights` give of the values, (B, H, N, D) each, by the fastest means of the device."""
+    """Attention of 'sot_shares', (B, H, N, D) each, by the fastest means of the device: `kernels.fused.choose_path`.
+
+    Args:
+        q: Queries.
+        k: Keys.
+        v: Values.
+        log_reg: As `shares_attention_weights`, and so are the next two.
+        share: See there.
+        iters: See there.
+        dropout_p: Dropout probability of the weights.
+    """
     if not torch.jit.is_scripting():
         path = choose_path(q.device, v.dtype, q.shape[-2], q.shape[-1]) if operators_work() else 'eager'
         if path != 'eager':
@@ -252,7 +262,9 @@ def sot_attention(
 
 
 class SOTAttention(Attention):
-    """Multi-head self-attention whose weights are a Self-Optimal-Transport matrix.
+    """Multi-head self-attention whose weights are a Self-Optimal-Transport matrix, (B, N, C) -> (B, N, C).
+
+    SOT is the transform of https://arxiv.org/abs/2204.03065, see :func:`timm_sot.self_optimal_transport`.
 
     Modifications to timm's Attention:
      - the attention weights are those of `variant`, of head width d:
@@ -262,13 +274,16 @@ class SOTAttention(Attention):
         'sot_qkt'           softmax(S d^-1/2), S = SOT(Q, K^T), for as many tokens as the head is wide
         'sot_q_nosoftmax'   S d^-1/2, S = SOT(Q)
         'sot_qk_nosoftmax'  S d^-1/2, S = SOT(Q, K)
-        'sot_shares'        the Sinkhorn plan of the kernel exp(cos(q_i, k_j) / reg_h) whose columns have the masses
-                            softmax_j(w_h.k_j), the shares of the tokens in the attention, and whose rows have mass 1;
-                            reg_h and w_h are learned for each head h
+        'sot_shares'        the Sinkhorn plan of the kernel exp(cos(q_i, k_j) / reg_h) with rows of mass 1 and columns of
+                            mass N softmax_j(w_h.k_j), the shares of the N tokens in the attention; reg_h and w_h are
+                            learned for each head h
        The entries of S are in [0, 1] and its diagonal is 1; its rows do not sum to 1, so neither do those of the
-       variants without softmax. 'sot_shares' is no form of S: it matches tokens with themselves, too, its last half
-       iteration is that of the rows, which sum to 1, and its columns come near to their shares. With 0 iterations it is
+       variants without softmax. 'sot_shares' is a plan, but not S: tokens are matched with themselves, too. It ends
+       with the rows, which sum to 1 exactly, where its columns come near to their masses. With 0 iterations it is
        softmax_j(cos(q_i, k_j) / reg_h), the same scores and regularization without the plan.
+     - with `fused_attn` of the layer, set by default as in timm, the output comes from the fused kernels of the device,
+       where it has some, and the weights are never in memory; else they pass through `attn_drop`, where a hook sees
+       them.
      - attention masks are refused by all variants but 'softmax', with NotImplementedError, and other numbers of tokens
        than the head width by 'sot_qkt', with ValueError.
     """
@@ -317,9 +332,19 @@ class SOTAttention(Attention):
             tol: Optional[float] = None,
             distance: str = 'euclidean',
     ) -> None:
-        """Change how the attention weights are made; arguments, defaults and errors are those of the constructor.
+        """Change how the attention weights are made.
 
         What the layer had learned for 'sot_shares' is dropped, and begins anew with that variant.
+
+        Args:
+            variant: As in the constructor, and so are the others; what is not given gets its default.
+            reg: See there.
+            iters: See there.
+            tol: See there.
+            distance: See there.
+
+        Raises:
+            ValueError: If an argument is out of its range; the layer is then unchanged.
         """
         check_variant(variant, reg, iters, tol, distance)
         self.variant = variant
@@ -357,6 +382,17 @@ class SOTAttention(Attention):
             attn_mask: Optional[torch.Tensor] = None,
             is_causal: bool = False,
     ) -> torch.Tensor:
+        """Attend, (B, N, C) -> (B, N, C).
+
+        Args:
+            x: Tokens.
+            attn_mask: Mask as of `scaled_dot_product_attention`, for variant 'softmax'.
+            is_causal: Whether a token sees none after it, for variant 'softmax'.
+
+        Raises:
+            NotImplementedError: If another variant is given a mask.
+            ValueError: If variant 'sot_qkt' is given another number of tokens than the head is wide.
+        """
         B, N, C = x.shape
         gate = self.gate(x).sigmoid() if self.gate is not None else None
         qkv = self.qkv(x).reshape(B, N, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)

@@ -129,7 +129,7 @@ class ContextConv(nn.Module):
     """Tokens and their neighbours, (B, N, C) -> (B, N, C): what a depthwise 3x3 convolution of their grid adds to them.
 
     The positional encoding of CPVT (https://arxiv.org/abs/2102.10882), which tells a token where it is by what is
-    around it. Channel c starts as that of neighbour c mod 9.
+    around it. Channel c is initialized to copy neighbour c mod 9.
     """
 
     def __init__(self, dim: int, device=None, dtype=None):
@@ -288,7 +288,7 @@ class CCT(nn.Module):
             device=None,
             dtype=None,
     ) -> None:
-        """Initialize the CCT module.
+        """Initialize the CCT module; the defaults are those of CCT-14/7x2, without dropout.
 
         Args:
             img_size: Input image size in pixels, one number or (height, width).
@@ -305,11 +305,12 @@ class CCT(nn.Module):
             n_conv_layers: Number of convolutions in the tokenizer, each followed by ReLU and max-pooling by 2.
             pos_embed: Position embedding, 'learn', 'sine' (fixed, 1-D) or 'none'.
             attn: Attention variant, 'softmax' or one of :class:`timm_sot.SOTAttention`.
-            sot_reg: Entropy regularization of SOT attention; unused by softmax attention, as are the next two.
-            sot_iters: Number of Sinkhorn iterations of SOT attention.
+            sot_reg: Entropy regularization of SOT attention, for 'sot_shares' what the learned one starts from, at
+                least 0.03; unused by softmax attention, as are the next two.
+            sot_iters: Number of Sinkhorn iterations of SOT attention, at least 1; 'sot_shares' takes 0, too.
             sot_tol: Early stop of the Sinkhorn iterations, None for none, see :class:`timm_sot.SOTAttention`.
-            context: Add to the tokens, where queries, keys and values are made of them, a depthwise 3x3 convolution of
-                their grid.
+            context: Add a depthwise 3x3 convolution of the token grid to the tokens, as in CPVT, before queries, keys
+                and values are made of them, see `ContextConv`.
             dynamic_img_size: Take images of any size at run time, the position embedding being resized to each.
             drop_rate: Dropout rate of the head.
             pos_drop_rate: Dropout rate after the position embedding.
@@ -908,6 +909,6 @@ def cct_2_sot_qkt(pretrained: bool = False, **kwargs) -> CCT:
 
 @register_model
 def cct_2_sot_shares(pretrained: bool = False, **kwargs) -> CCT:
-    """CCT-2/3x2 with attention by a plan of learned marginals, the shares, of tokens that know their neighbours."""
+    """CCT-2/3x2 with `sot_shares` attention, a plan with learned marginals of 5 iterations, and with `context`."""
     model_args = dict(_CCT_2, attn='sot_shares', sot_iters=5, context=True)
     return _create_cct('cct_2_sot_shares', pretrained=pretrained, **dict(model_args, **kwargs))

@@ -4,6 +4,7 @@ import sys
 from functools import partial
 from typing import List, Optional
 
+from . import __version__
 from .errors import UserError, missing_extra
 
 __all__ = ['main']
@@ -81,33 +82,32 @@ def _add_study(commands) -> None:
                             'regularization, and softmax; shares: softmax, cct_2_sot_shares and its control, five '
                             'seeds. The other options change it (default: %(default)s)')
     group.add_argument('--models', nargs='+', metavar='NAME',
-                       help='timm models in place of those of the preset; of one that is in it, all its rows; the '
-                            'first gives the others their initial values')
+                       help='train these timm models instead of those of the preset (one that is in it keeps all its '
+                            'rows); the first gives the others their initial values')
     group.add_argument('--model-kwargs', nargs='*', default={}, action=_ModelKwargs, metavar='KEY=VALUE',
                        help='arguments of every model, e.g. sot_reg=0.5')
     group.add_argument('--grid', nargs='*', default={}, action=_ModelKwargs, metavar='KEY=VALUE,VALUE',
-                       help='arguments of which every combination is a row, e.g. sot_reg=0.1,0.5')
+                       help='arguments of models, every combination of which is a row, e.g. sot_reg=0.1,0.5')
     group.add_argument('--rows', nargs='+', metavar='ROW',
-                       help='of all these rows only some, by the names that the tables and --baseline give them, e.g. '
-                            "cct_2 'cct_2_sot_shares sot_iters=0'")
+                       help="train only these rows, named as in the tables, e.g. cct_2 'cct_2_sot_shares sot_iters=0'")
     group.add_argument('--seed', nargs='+', type=_seed, metavar='N',
-                       help='seeds, with each of which every row is trained')
+                       help='seeds; every row is trained with each')
     group.add_argument('--data-dir', default='', metavar='DIR',
                        help='folder, or tar archive, with train/<class>/ and val/<class>/ or test/<class>/')
     group.add_argument('--dataset', default='', metavar='NAME',
                        help="dataset in --data-dir as timm's train.py names it, e.g. torch/cifar10 (default: a folder "
                             'of images)')
-    group.add_argument('--dataset-download', action='store_true', help='download the dataset where it is not there')
+    group.add_argument('--dataset-download', action='store_true', help='download the dataset if it is missing')
     group.add_argument('--fraction', type=_share, default=1., help='share of the training images to use')
     group.add_argument('--holdout', type=_part, default=0.,
-                       help='share of the training images to test on, in place of the test images, which are to decide '
-                            'nothing (default: none)')
+                       help='test on this share of the training images instead of the test images, for choosing among '
+                            'rows (default: none)')
 
-    group = parser.add_argument_group('how')
-    group.add_argument('--epochs', type=_number(int, 1), help='times that the training images are seen')
+    group = parser.add_argument_group('how', 'default: as the preset trains')
+    group.add_argument('--epochs', type=_number(int, 1), help='passes over the training images')
     group.add_argument('--batch-size', type=_number(int, 1), help='images in a training step')
     group.add_argument('--lr', type=_number(float, 0, exclusive=True), help='peak learning rate')
-    group.add_argument('--weight-decay', type=_number(float, 0), help='that of AdamW, for all parameters')
+    group.add_argument('--weight-decay', type=_number(float, 0), help='of AdamW, for all parameters')
     group.add_argument('--smoothing', type=_part, help='label smoothing')
     group.add_argument('--schedule', choices=['cosine', 'original'],
                        help='of the learning rate: cosine, by step after a warm-up of a quarter of an epoch, or that '
@@ -139,7 +139,7 @@ def _add_study(commands) -> None:
     group.add_argument('--gpus-per-run', type=_number(float, 0, exclusive=True), metavar='N',
                        help='share of a GPU of a run (default: 1 / PARALLEL, on a GPU)')
     parser.set_defaults(run=_study)
-    _add_report(parser.add_subparsers(title='commands', metavar='COMMAND'), parser)
+    _add_report(parser.add_subparsers(title='commands', metavar='[report]'), parser)
 
 
 def _add_report(commands, study: argparse.ArgumentParser) -> None:
@@ -269,7 +269,7 @@ def _add_attention(commands) -> None:
         'compare': 'histograms and heatmaps of scores, SOT matrix and weights of one head',
         'heads': 'heatmaps of all layers and heads',
         'patches': 'where in the image the attention of chosen patches goes',
-        'entropy': 'distribution of the entropy of the attention over many images',
+        'entropy': 'the distribution of the entropy of the attention over many images',
         'reg': 'the SOT matrix over a range of regularizations',
     }
     for figure, text in about.items():
@@ -435,6 +435,7 @@ def _bench(args: argparse.Namespace) -> int:
 def main(argv: Optional[List[str]] = None) -> int:
     """Run the command line; returns the exit code: 0, 2 for an error of the user's, 130 when interrupted."""
     parser = _Parser(prog='timm-sot', description='Self-Optimal-Transport attention for timm')
+    parser.add_argument('--version', action='version', version=f'%(prog)s {__version__}')
     commands = parser.add_subparsers(title='commands', dest='command', required=True, metavar='COMMAND')
     _add_study(commands)
     _add_attention(commands)

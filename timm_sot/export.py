@@ -25,6 +25,7 @@ from torch import nn
 from . import __version__
 from .errors import UserError
 from .study.data import TEST_SPLITS, same_images
+from .study.original import JPEG
 from .study.store import NOT_RECIPE, Run
 
 __all__ = ['Checkpoint', 'Score', 'evaluate', 'export', 'read_checkpoint']
@@ -32,6 +33,15 @@ __all__ = ['Checkpoint', 'Score', 'evaluate', 'export', 'read_checkpoint']
 PROJECT = 'Self-Optimal-Transport attention and these models to ' \
           '[timm](https://github.com/huggingface/pytorch-image-models)'
 FILES = ('config.json', 'model.safetensors', 'README.md')
+
+# how a card calls what its own name would not explain
+_LABELS = {
+    'augment': 'Augmentation',
+    'lr': 'Learning rate',
+    'schedule': 'Learning rate schedule, see `timm-sot study --help`',
+    'smoothing': 'Label smoothing',
+    'weight_decay': 'Weight decay, of all parameters',
+}
 
 # of train.py's arguments: where it ran and what it wrote, not how it trained
 _PLACES = {
@@ -166,7 +176,7 @@ def read_study(path: str, weights: Dict[str, torch.Tensor]) -> Checkpoint:
     spread = []
     if len(others) > 1:
         mean = f'{fmean(others):.2f} ± {stdev(others):.2f} after the last epoch'
-        spread = [(f'Same for all {len(others)} seeds', mean)]
+        spread = [(f'Mean of {len(others)} seeds', mean)]
     facts = [
         ('Epochs', result['epochs']),
         ('Seed', result['seed']),
@@ -177,12 +187,15 @@ def read_study(path: str, weights: Dict[str, torch.Tensor]) -> Checkpoint:
         ('Training time', f'{result["seconds"]:.0f} s'),
         ('Versions', ', '.join(f'{key} {value}' for key, value in result['versions'].items())),
         ('Commit of timm-sot', result['commit'] or 'not recorded'),
-        *((key.replace('_', ' ').capitalize(), value) for key, value in options.items()),
+        *((_LABELS.get(key, key.replace('_', ' ').capitalize()), value) for key, value in options.items()),
     ]
     command = ' '.join(map(shlex.quote, words)) + ('' if name == 'digits' else ' --data-dir DIR') + ' --out run'
+    limits = [f'One run of {result["epochs"]} epochs with one seed, its last epoch; another seed gives another number.']
+    if same_images(result['data'], JPEG):
+        limits.append('The images of CIFAR-10 were JPEG files of quality 75 (4:2:0), which costs accuracy: compare it only '
+                      'with what was trained and measured on the same files.')
     return Checkpoint(
-        model, kwargs, weights, name, [(key, plain(value)) for key, value in facts], command,
-        [f'One run of {result["epochs"]} epochs with one seed, its last epoch; another seed gives another number.'])
+        model, kwargs, weights, name, [(key, plain(value)) for key, value in facts], command, limits)
 
 
 def find_result(path: Path) -> Tuple[Dict[str, Any], List[float], Dict[str, Any]]:

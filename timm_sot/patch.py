@@ -24,8 +24,8 @@ def apply_sot(
 
     Every `timm.layers.Attention` of the model becomes a :class:`SOTAttention` with the same parameters (the very same
     tensors), dropout rates, hooks, device, dtype and training mode. A layer that is one already changes its variant.
-    What 'sot_shares' learns besides is added, and dropped where a layer gets another variant, or this one again: make
-    the optimizer afterwards. With `variant='softmax'` the layers become `timm.layers.Attention` again. A layer of a
+    The outputs of the model change; train it afterwards. 'sot_shares' adds parameters to learn, which go where a layer
+    gets another variant, or this one again: create the optimizer after this call. With `variant='softmax'` the layers become `timm.layers.Attention` again. A layer of a
     subclass of :class:`SOTAttention` stays of its class. Other modules, among them attention layers of other classes
     and subclasses of `timm.layers.Attention` with a forward of their own, are left alone.
 
@@ -38,13 +38,16 @@ def apply_sot(
         model: Model with `timm.layers.Attention` layers: ViT, DeiT, CCT and others.
         variant: A key of `timm_sot.attention.VARIANTS`.
         reg: Entropy regularization, for 'sot_shares' what the learned one starts from, see :class:`SOTAttention`.
-        iters: Number of Sinkhorn iterations.
+        iters: Number of Sinkhorn iterations, at least 1; 'sot_shares' takes 0, too.
         tol: None runs exactly `iters` iterations, a number stops early, see :class:`SOTAttention`.
         blocks: Which attention layers to change, counted in the order of `model.named_modules()` (in a ViT the block
             numbers); negative numbers count from the end. None is all of them.
 
     Returns:
         The model that was passed in.
+
+    Example:
+        >>> vit = apply_sot(timm.create_model('vit_tiny_patch16_224'), 'sot_qk', blocks=[-2, -1])
 
     Raises:
         ValueError: If the model has no such layer, `blocks` names one that it does not have, a layer to change is of a

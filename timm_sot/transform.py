@@ -37,6 +37,10 @@ def self_optimal_transport(
 ) -> torch.Tensor:
     """Self-Optimal-Transport transform of a set of points, or of two sets of equal size.
 
+    Entry (i, j) says how much points i and j belong together, given all the others. It is the transform of Shalam and
+    Korman (https://arxiv.org/abs/2204.03065), called Balanced-Pairwise-Affinities, BPA, since 2024
+    (https://arxiv.org/abs/2407.01467).
+
     cost = distance(x_i, y_j), normalized; log-kernel L = -cost / reg; P = Sinkhorn plan of L with uniform marginals;
     then P / (1 + P), the division by the largest entry and the unit diagonal, each unless switched off. With N = 1 the
     masked result is [[1]].
@@ -60,7 +64,8 @@ def self_optimal_transport(
             sum_i reg * |u_i - previous u_i| is below it, as the original runs did with 0.1; it couples the problems of
             a batch and synchronizes a GPU, see :func:`sinkhorn`.
         row_mass: Mass of each row of the plan, None for 1 / N.
-        mask_diagonal: Forbid matching a point with itself: the diagonal cost is +inf, and the result's diagonal is 1.
+        mask_diagonal: Forbid matching a point with itself, and x_i with y_i: the diagonal cost is +inf, and the result's
+            diagonal is 1.
         sigmoid: Return sigmoid(log P) = P / (1 + P) in place of P.
         max_scale: Divide each matrix by its maximum; the gradient flows through the maximum.
 

@@ -100,7 +100,7 @@ def fused_sot_attention(
         distance: str,
         path: str,
 ) -> torch.Tensor:
-    """Output of SOT attention by the implementation `path`, which is none but 'eager'; (B, H, N, D) each.
+    """Output of SOT attention, (B, H, N, D) each, by the implementation `path`.
 
     Args:
         q: Queries.
@@ -115,7 +115,7 @@ def fused_sot_attention(
             generator of the device draws, so that it follows torch.manual_seed and checkpointing without a host in
             between.
         distance: 'euclidean' or 'cosine'.
-        path: As `choose_path` returns it.
+        path: As `choose_path` returns it, but not 'eager'.
     """
     q, k = q.to(v.dtype), k.to(v.dtype)  # under autocast a norm of the queries and keys widens them, but not the values
     seed = torch.randint(2 ** 62, (), device=q.device) if dropout_p > 0. else None
@@ -138,6 +138,7 @@ def sot_attention(
         distance: str,
         path: str,
 ) -> Tuple[torch.Tensor, torch.Tensor]:
+    """The output, and what the backward pass needs."""
     with torch.cuda.device_of(q):  # Triton launches on the current GPU
         return _implementation(path).sot_attention_forward(
             q, k, v, operands, softmax, reg, iters, scale, dropout_p, seed, distance)
@@ -166,6 +167,7 @@ def sot_attention_backward(
         distance: str,
         path: str,
 ) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients for q, k and v, in their dtype."""
     with torch.cuda.device_of(q):
         return _implementation(path).sot_attention_backward(
             grad_out, q, k, v, saved, operands, softmax, reg, iters, scale, dropout_p, seed, distance)

@@ -10,7 +10,7 @@ from typing import Any, Dict, Optional, Tuple
 from .data import same_images
 from .presets import ORIGINAL
 
-__all__ = ['ROWS', 'SWEEP', 'is_original']
+__all__ = ['JPEG', 'ROWS', 'SWEEP', 'is_original']
 
 # by model, those of SOT at regularization 0.1
 ROWS: Dict[str, float] = {

@@ -122,7 +122,7 @@ def digits() -> List[Tuple[str, Image.Image]]:
         from sklearn.datasets import load_digits
     except ImportError as e:
         raise UserError(
-            "without --image the images are digits of scikit-learn; install it with: pip install 'timm-sot[study]'"
+            "without --image the images are digits of scikit-learn; install it with: pip install 'timm-sot[viz]'"
         ) from e
     pixels, labels = load_digits(return_X_y=True)  # (1797, 64), 0 to 16
     images = (Image.fromarray((x.reshape(8, 8) * 15.9).astype('uint8')).resize((32, 32)).convert('RGB') for x in pixels)

@@ -19,7 +19,8 @@ def attention_maps(model: nn.Module, images: torch.Tensor) -> Dict[str, Dict[str
     """Run a model and return the matrices of all its attention layers.
 
     They are those of one forward pass in the mode that the model is in (call `model.eval()` first, or dropout and the
-    like are at work), without gradients. The model is afterwards what it was before, also if its forward raises.
+    like are at work), without gradients, and all in memory at once. The model is afterwards what it was before, also if
+    its forward raises.
 
     Args:
         model: Any model that :func:`timm_sot.apply_sot` accepts, with SOT or softmax attention.
@@ -163,7 +164,7 @@ def buffers_kept(model: nn.Module) -> Iterator[None]:
 def row_entropy(weights: torch.Tensor) -> torch.Tensor:
     """Entropy of each row relative to that of uniform weights, (..., N) -> (...): 0 for one key, 1 for all N alike.
 
-    Rows that do not sum to 1, those of the variants without softmax, are divided by their sum first. In float64, since
+    Of a single token it is NaN. Rows that do not sum to 1, those of the variants without softmax, are divided by their sum first. In float64, since
     for weights that differ from uniform ones by a small part it differs from 1 by about the square of that.
     """
     weights = rows_of_sum_one(weights)
