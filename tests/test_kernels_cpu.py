@@ -261,6 +261,17 @@ def test_problems_are_independent():
         assert all(torch.equal(x[b:b + 1], y) for x, y in zip(together, alone))
 
 
+@pytest.mark.parametrize('N', [16, 18])  # without and with padding
+def test_distances_beyond_float32(N):
+    """Their squares are infinite, which the loops do not expect in what they compare."""
+    q, k, v, grad = make_inputs(2, 1, N, 16)
+    together = run('cpu', q * 1e10, k * 1e10, v, grad)
+    assert_close(together, expected(q * 1e10, k * 1e10, v, grad))
+    q[1] *= 1e20
+    out, *grads = run('cpu', q, k, v, grad)
+    assert all(x[0].isfinite().all() for x in (out, *grads)) and all(x[1].isnan().all() for x in (out, *grads))
+
+
 def test_no_problems_at_all():
     for x in run('cpu', *make_inputs(0, 2, 20, 16)):
         assert x.shape == (0, 2, 20, 16)

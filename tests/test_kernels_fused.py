@@ -309,6 +309,60 @@ def test_empty_batch(path):
     assert [x.shape for x in run(path, q[:0], k[:0], v[:0], grad[:0])] == [(0, 2, 16, 16)] * 4
 
 
+@pytest.mark.parametrize('variant', ['sot_qk', 'sot_q'])
+@pytest.mark.parametrize('path', PATHS)
+def test_rows_that_overlap(path, variant):
+    """Windows of one vector: what torch makes of them has the order of their strides, where two are alike any."""
+    _, k, v, grad = make_inputs(1, 1, 10, 16, device=device_of(path))
+    q = torch.randn(1, 1, 26, generator=torch.Generator().manual_seed(0)).unfold(-1, 16, 1)[:, :, :10].to(k.device)
+    for inputs in ((q, k, v, grad), (k, q, v, grad)):
+        assert_close(run(path, *inputs, variant, iters=3), expected(*inputs, variant, iters=3))
+
+
+@pytest.mark.parametrize('path', PATHS)
+def test_keys_that_are_queries(path):
+    """Of other tokens, so that distances that are 0 stand off the diagonal."""
+    q, _, v, grad = make_inputs(1, 1, 16, 64, device=device_of(path))
+    k = q.flip(-2).contiguous()
+    assert_close(run(path, q, k, v, grad), expected(q, k, v, grad))
+
+
+class NoGradient(torch.autograd.Function):
+    """Hands none back."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return None
+
+
+@pytest.mark.parametrize('variant', ['sot_qk', 'sot_q', 'sot_shares'])
+def test_output_that_gets_no_gradient(variant):
+    layer = SOTAttention(32, 2, variant=variant).to(DEVICE)
+    x = torch.randn(1, 5, 32, device=DEVICE, requires_grad=True)
+    q, k, v = layer.qkv(x).reshape(1, 5, 3, 2, 16).permute(2, 0, 3, 1, 4).unbind(0)
+    NoGradient.apply(layer.attend(q, k, v)).sum().backward()
+    assert x.grad is None or not x.grad.any()
+
+
+@pytest.mark.parametrize('variant', ['sot_qk', 'sot_shares'])
+def test_what_does_not_fit_is_left_to_plain_torch(variant):
+    """The kernels would read beyond the end of the keys."""
+    layer = SOTAttention(32, 2, variant=variant).to(DEVICE)
+    q, k, v = torch.randn(3, 2, 2, 6, 16, device=DEVICE)
+    one_head = layer.attend(q, k[:, :1], v)
+    torch.testing.assert_close(one_head, layer.attend(q, k[:, :1].expand_as(q), v), rtol=1e-4, atol=1e-5)
+    wide = torch.cat([v, v], dim=-1)
+    torch.testing.assert_close(
+        layer.attend(q, k, wide), torch.cat([layer.attend(q, k, v)] * 2, dim=-1), rtol=1e-4, atol=1e-5)
+    if variant == 'sot_qk':  # a token is matched with others of its number
+        with pytest.raises(RuntimeError):
+            layer.attend(q, k[:, :, :4], v[:, :, :4])
+
+
 def test_runs_on_the_device_of_its_tensors(monkeypatch):
     """Triton launches on the current GPU, which may be another one."""
     on, seen = [], []

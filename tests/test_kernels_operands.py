@@ -28,6 +28,15 @@ def test_matched_points():
     assert unit_stride(k) is k and unit_stride(k[..., ::2]).stride(-1) == 1
 
 
+def test_rows_far_apart_are_put_together():
+    """The Triton kernels count offsets inside a problem in 32 bits."""
+    far = torch.empty_strided((1, 1, 16, 16), (0, 0, 2 ** 27, 1), device='meta')
+    near = torch.empty_strided((1, 1, 16, 16), (0, 0, 2 ** 26, 1), device='meta')
+    assert unit_stride(near) is near and unit_stride(far).is_contiguous()
+    assert matched_points(near, near, 'qkt').stride() == near.mT.stride()
+    assert matched_points(far, far, 'qkt').mT.is_contiguous() and matched_points(far, far.mT, 'qkt').mT.is_contiguous()
+
+
 @pytest.mark.parametrize('p', [0., 0.1, 0.5, 1 - 1e-12, 1.])
 @pytest.mark.parametrize('lowest, number', [(0, torch.uint32), (-2 ** 31, torch.int32)])
 def test_dropout_numbers(p, lowest, number):

@@ -1,9 +1,12 @@
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from timm_sot.kernels.operators import differentiate, operator
+from timm_sot.kernels.operators import differentiate, operator, register_fake
 
 
 @operator
@@ -11,7 +14,7 @@ def weighted_sum_of_a_test(x: Tensor, y: Tensor, factor: float) -> Tensor:
     return x * factor + y
 
 
-@torch.library.register_fake(weighted_sum_of_a_test)
+@register_fake(weighted_sum_of_a_test)
 def _(x, y, factor):
     return x.new_empty(x.shape)
 
@@ -21,7 +24,7 @@ def product_of_a_test(x: Tensor, factor: float) -> Tensor:
     return x * factor
 
 
-@torch.library.register_fake(product_of_a_test)
+@register_fake(product_of_a_test)
 def _(x, factor):
     return x.new_empty(x.shape)
 
@@ -61,6 +64,47 @@ def test_opcheck():
     x, y = torch.randn(2, 3, requires_grad=True), torch.randn(2, 3, requires_grad=True)
     torch.library.opcheck(weighted_sum_of_a_test, (x, y, 2.))
     torch.library.opcheck(weighted_sum_of_a_test, (x, y.detach(), 2.))
+
+
+def test_default_values_are_refused():
+    """torch would leave out arguments that are equal to them, and their gradients would be those of others."""
+    with pytest.raises(ValueError, match='must not have default values'):
+        @operator
+        def default_of_a_test(x: Tensor, factor: float = 1.) -> Tensor:
+            return x * factor
+
+
+IMPORTED_AGAIN = '''
+import importlib
+import sys
+
+import torch
+import timm_sot.kernels.distance as module
+from timm_sot import self_optimal_transport
+
+x = torch.randn(2, 5, 3, requires_grad=True)
+before = self_optimal_transport(x)
+importlib.reload(module)
+assert torch.equal(self_optimal_transport(x), before)
+for name in [name for name in sys.modules if name.startswith('timm_sot')]:
+    del sys.modules[name]
+from timm_sot import self_optimal_transport as again
+
+assert again is not self_optimal_transport
+for function in (again, self_optimal_transport):
+    assert torch.equal(function(x), before)
+    function(x).sum().backward()
+import timm
+timm.create_model('cct_2_sot_qk')
+print('as before')
+'''
+
+
+@pytest.mark.slow
+def test_modules_that_are_imported_again():
+    done = subprocess.run([sys.executable, '-W', 'error::RuntimeWarning', '-c', IMPORTED_AGAIN],
+                          capture_output=True, text=True)
+    assert done.stdout == 'as before\n', done.stderr
 
 
 def test_what_changes_its_argument_is_found():

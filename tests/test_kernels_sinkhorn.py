@@ -248,6 +248,13 @@ def test_loops_do_not_mind_offsets():
         assert error(plan, wanted) < bar and error(grad, wanted_grad) < 10 * bar
 
 
+@pytest.mark.parametrize('scaling', ['log', LOOPS], indirect=True)
+@pytest.mark.parametrize('offset', [0., 1e3, 1e4, -1e5])
+def test_columns_are_exact_whatever_the_offset(offset, scaling):
+    plan = sinkhorn(make_log_kernel(4, 20, 30, dtype=torch.float32) + offset, 10, None, False).exp()
+    assert (30 * plan.double().sum(dim=-2) - 1).abs().max() < 2e-6
+
+
 @needs_loops
 @pytest.mark.parametrize('log_r', [0.3, -60., 60.])
 def test_loops_take_any_mass(log_r):

@@ -1,4 +1,4 @@
-"""README's code runs, and its commands name what exists."""
+"""Code in README, and in the pages that it refers to, runs, and their commands name what exists."""
 import contextlib
 import io
 import re
@@ -10,7 +10,6 @@ import pytest
 import timm
 import torch
 from PIL import Image
-from safetensors.torch import save_file
 from timm_scripts import TRAIN_OPTIONS, VALIDATE_OPTIONS
 
 import timm_sot
@@ -21,8 +20,11 @@ from timm_sot.study.presets import PRESETS
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / 'README.md').read_text()
+STUDY = (ROOT / 'hub' / 'study' / 'README.md').read_text()
+FIGURES = (ROOT / 'hub' / 'figures' / 'README.md').read_text()
+PAGES = README + STUDY + FIGURES
 PYTHON = re.findall(r'```python\n(.*?)```', README, re.S)
-BASH = [block.strip() for block in re.findall(r'```bash\n(.*?)```', README, re.S)]
+BASH = [block.strip() for block in re.findall(r'```bash\n(.*?)```', PAGES, re.S)]
 SCRIPTS = {'train.py': TRAIN_OPTIONS, 'validate.py': VALIDATE_OPTIONS}
 
 
@@ -57,21 +59,15 @@ def test_commands_for_timms_scripts(words):
             assert word.split('=')[0] in CCT.__init__.__annotations__
 
 
-FIGURES = [line for block in BASH for line in block.splitlines() if line.startswith('timm-sot attention')]
-
-
-@pytest.mark.parametrize('command', FIGURES)
+@pytest.mark.parametrize('command', [block for block in BASH if block.startswith('timm-sot attention')])
 def test_commands_of_figures(command, tmp_path, monkeypatch):
-    """They draw what README shows, given the files that they name."""
+    """They draw what the page shows, given the images that they name."""
     words = shlex.split(command)[1:]
     value = dict(zip(words, words[1:]))
-    assert (ROOT / value['--out']).exists() and f']({value["--out"]})' in README
+    out = ROOT / value['--out']
+    assert out.exists() and out.parent == ROOT / 'hub' / 'figures' and f']({out.name})' in FIGURES
 
     monkeypatch.chdir(tmp_path)
-    for file in re.findall(r'\S+\.safetensors', command):
-        Path(file).parent.mkdir(parents=True, exist_ok=True)
-        model = timm.create_model(re.match(r'[a-z_0-9]+', Path(file).name)[0])
-        save_file(model.state_dict(), file)
     image = Path(value['--image'])
     if image.suffix:
         image.parent.mkdir(parents=True)
@@ -95,7 +91,8 @@ def test_other_commands_are_run_by_ci():
 @pytest.fixture(scope='module')
 def own_options():
     found = {}
-    for command in ('study', 'study report', 'attention compare', 'export', 'bench'):
+    figures = [f'attention {figure}' for figure in ('compare', 'heads', 'patches', 'entropy', 'reg')]
+    for command in ('study', 'study report', *figures, 'export', 'bench'):
         with contextlib.redirect_stdout(io.StringIO()) as out:
             assert main([*command.split(), '--help']) == 0
         found[command] = set(re.findall(r'--[a-z][a-z-]+', out.getvalue()))
@@ -103,9 +100,9 @@ def own_options():
 
 
 def test_studies_that_ci_does_not_run(own_options):
-    lines = [shlex.split(line, comments=True) for block in re.findall(r'```text\n(.*?)```', README, re.S)
+    lines = [shlex.split(line, comments=True) for block in re.findall(r'```text\n(.*?)```', PAGES, re.S)
              for line in block.splitlines()]
-    assert len(lines) == 6
+    assert len(lines) >= 5
     for line in lines:
         assert line[:2] == ['timm-sot', 'study']
         command = 'study report' if line[2] == 'report' else 'study'
@@ -116,16 +113,27 @@ def test_studies_that_ci_does_not_run(own_options):
 def test_results_are_those_of_the_report():
     section = README.split('## The study')[1].split('\n## ')[0]
     report = ''.join(path.read_text() for path in (ROOT / 'hub' / 'study').rglob('report.md'))
-    rows = [line for line in section.splitlines() if line.startswith('| `cct_2')]
-    assert len(rows) >= 6
-    for row in rows:
-        assert row in report, row
+    for page in (section, STUDY):
+        rows = [line for line in page.splitlines() if line.startswith('| `cct_2')]
+        assert len(rows) >= 9
+        for row in rows:
+            assert row in report, row
+
+
+def test_links_lead_somewhere():
+    for page, folder in ((README, ROOT), (STUDY, ROOT / 'hub' / 'study'), (FIGURES, ROOT / 'hub' / 'figures')):
+        for link in re.findall(r'\]\(([^)]+)\)', page):
+            file, _, heading = link.partition('#')
+            if not file:
+                assert re.search(f'^## {heading.replace("-", " ")}$', page, re.M | re.I), link
+            elif '://' not in file:
+                assert (folder / file).exists(), link
 
 
 def test_inline_names_exist(own_options):
-    options = set(re.findall(r'`(--[\w-]+)', README))
+    options = set(re.findall(r'`(--[\w-]+)', PAGES))
     assert options <= TRAIN_OPTIONS | VALIDATE_OPTIONS | set().union(*own_options.values())
-    for name in re.findall(r'`(cct_\w+)`', README):
+    for name in re.findall(r'`(cct_\w+)`', PAGES):
         assert timm.is_model(name), name
     for name in re.findall(r'`([\w-]+\.yaml)`', README):
         assert (ROOT / 'train_configs' / name).exists(), name
@@ -135,8 +143,7 @@ def test_inline_names_exist(own_options):
 
 def test_extras_and_script_exist():
     extras = set(re.findall(r"pip install '\.\[(\w+)\]'", README))
-    extras |= set(re.findall(r"pip install 'timm-sot\[(\w+)\]'", README))
-    assert extras == {'all', 'cpu', 'ray', 'test', 'viz'}
+    assert extras == {'all', 'bench', 'cpu', 'ray', 'study', 'test', 'viz'}
     assert extras <= {extra for line in requires('timm-sot') for extra in re.findall(r'extra == ["\'](\w+)', line)}
     assert 'timm-sot' in {script.name for script in entry_points(group='console_scripts')}
 

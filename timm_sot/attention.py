@@ -185,7 +185,7 @@ def shares_attention(
         dropout_p: Dropout probability of the weights.
     """
     if not torch.jit.is_scripting():
-        path = choose_path(q.device, v.dtype, q.shape[-2], q.shape[-1]) if operators_work() else 'eager'
+        path = attention_path(q, k, v)
         if path != 'eager':
             return _fused_shares_attention(q, k, v, log_reg, share, iters, dropout_p, path)
     return F.dropout(shares_attention_weights(q, k, log_reg, share, iters), dropout_p) @ v
@@ -208,6 +208,13 @@ def _fused_shares_attention(
         else:
             shares = log_shares(k.float(), share.float()).squeeze(-2)
         return fused_shares_attention(q, k, v, scale, shares, iters, dropout_p, path)
+
+
+def attention_path(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tol: Optional[float] = None) -> str:
+    """What computes the attention of these tensors, as `choose_path`; plain torch what broadcasts, or does not fit."""
+    if not operators_work() or not q.shape == k.shape == v.shape:
+        return 'eager'
+    return choose_path(q.device, v.dtype, q.shape[-2], q.shape[-1], tol)
 
 
 def log_shares(k: torch.Tensor, share: torch.Tensor) -> torch.Tensor:
@@ -252,7 +259,7 @@ def sot_attention(
         dropout_p: Dropout probability of the weights.
     """
     if not torch.jit.is_scripting():
-        path = choose_path(q.device, v.dtype, q.shape[-2], q.shape[-1], tol) if operators_work() else 'eager'
+        path = attention_path(q, k, v, tol)
         if path != 'eager':
             check_operands(q, operands)
             return fused_sot_attention(

@@ -756,6 +756,10 @@ def attention_forward(
                 _transpose(y, y_transposed)
         _prefetch_rows(q, q_strides, problem + 1, last, heads, N, D)
         _costs(points, y_transposed, x_inverse_norms, y_inverse_norms, sot, costs, N, D, cosine)
+        if not _all_finite(costs[N:N + 1, :N]):  # squares of distances above 1e19 leave float32
+            _fill_rows(result, NAN)
+            _store(result, out, _start(out_strides, batch, head), out_strides[2], N, D)
+            continue
 
         _prefetch_rows(k, k_strides, problem + 1, last, heads, N, D)
         _kernel(costs, kernel, N, reg, log)
@@ -816,7 +820,7 @@ def attention_backward(
                 _load_transposed(k, start, k_strides[2], y, N, D)
             else:
                 _load(k, start, k_strides[2], y, N, D)
-        if not (_all_finite(x) and _all_finite(y)):
+        if not (_all_finite(x) and _all_finite(y) and _all_finite(costs[N:N + 1, :N])):
             _fill_rows(result, NAN)
             _store(result, grad_v, grad_start, grad_strides[2], N, D)
             _store(result, grad_k, grad_start, grad_strides[2], N, D)
@@ -1263,9 +1267,9 @@ def sinkhorn_forward(first, last, log_kernels, out, iters, log_r, log_c):
             if form == NO_PLAN:
                 _fill(target, NAN)
                 continue
-            u = (math.log(a[i]) if form == SCALING else a[i] * LN_2) - row_largest[i] + np.float32(log_r)
-            for j in range(M):
-                target[j] = source[j] + u + terms[j]
+            u = (math.log(a[i]) if form == SCALING else a[i] * LN_2) + np.float32(log_r)
+            for j in range(M):  # the largest entry goes first: in a sum with it the others would lose their digits
+                target[j] = (source[j] - row_largest[i]) + (u + terms[j])
 
 
 @_kept(error_model='numpy')

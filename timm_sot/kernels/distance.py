@@ -11,7 +11,7 @@ from typing import Tuple
 import torch
 
 from .operands import check_one_device
-from .operators import differentiate, operator
+from .operators import differentiate, operator, register_fake
 
 __all__ = ['distance_by_product', 'euclidean_distance']
 
@@ -31,7 +31,7 @@ def euclidean_distance(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     return squares.masked_fill_(equal, 0.).sqrt_().to(x.dtype)  # float32 has no squares above 1e38
 
 
-@torch.library.register_fake(euclidean_distance)
+@register_fake(euclidean_distance)
 def _(x, y):
     check_one_device(x, y)
     return x.new_empty(*x.shape[:-1], y.shape[-2])
@@ -66,7 +66,7 @@ def _gradients(
     return grad_x.to(dtype).contiguous(), grad_y.to(dtype).contiguous()  # as the fake promises to inductor
 
 
-@torch.library.register_fake(euclidean_distance_backward)
+@register_fake(euclidean_distance_backward)
 def _(grad, x, y, distance):
     check_one_device(grad, x, y, distance)
     return x.new_empty(x.shape), y.new_empty(y.shape)

@@ -14,7 +14,7 @@ import torch
 
 from . import cpu
 from .operands import check_one_device, empty_gradients, empty_heads, refuse_second_derivative
-from .operators import differentiate, operator
+from .operators import differentiate, operator, register_fake
 from .threads import loops_work
 
 __all__ = ['choose_path', 'fused_sot_attention']
@@ -144,7 +144,7 @@ def sot_attention(
             q, k, v, operands, softmax, reg, iters, scale, dropout_p, seed, distance)
 
 
-@torch.library.register_fake(sot_attention)
+@register_fake(sot_attention)
 def _fake_forward(q, k, v, operands, softmax, reg, iters, scale, dropout_p, seed, distance, path):
     check_one_device(q, k, v)
     return empty_heads(q), _implementation(path).empty_saved(q, iters)
@@ -173,7 +173,7 @@ def sot_attention_backward(
             grad_out, q, k, v, saved, operands, softmax, reg, iters, scale, dropout_p, seed, distance)
 
 
-@torch.library.register_fake(sot_attention_backward)
+@register_fake(sot_attention_backward)
 def _fake_backward(grad_out, q, k, v, saved, operands, softmax, reg, iters, scale, dropout_p, seed, distance, path):
     check_one_device(grad_out, q, k, v, saved)
     return empty_gradients(q, operands)
@@ -189,6 +189,8 @@ def _setup_context(ctx, inputs, output):
 
 
 def _differentiate(ctx, grad_out, _):
+    if grad_out is None:  # what came after has none
+        return (None,) * 12
     q, k, v, saved, seed = ctx.saved_tensors
     grad_q, grad_k, grad_v = sot_attention_backward(
         grad_out, q, k, v, saved, *ctx.before, seed, ctx.distance, ctx.path)

@@ -34,6 +34,10 @@ LOWEST_RANDOM = -2 ** 31  # the random numbers are signed
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 
+# What tf32x3 leaves of the squared distance of equal rows of float32, as a part of their squared norms: the products
+# of what is below tf32, and the rounding of the sums. Rows that differ by less count as equal.
+NEGLIGIBLE = tl.constexpr(4e-7)
+
 
 @triton.jit
 def _load(ptr, stride_n, stride_d, N, D, EVEN: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
@@ -90,7 +94,11 @@ def _costs(
         costs = 1. - gram * _inverse(tl.sqrt(xx))[:, None] * _inverse(tl.sqrt(yy))[None, :]
         costs = _not_negative(costs)
     else:
-        costs = tl.sqrt(_not_negative(xx[:, None] + yy[None, :] - 2. * gram))
+        norms = xx[:, None] + yy[None, :]
+        squares = norms - 2. * gram
+        if x.dtype == tl.float32 and not SELF:
+            squares = tl.where(squares < norms * NEGLIGIBLE, 0., squares)
+        costs = tl.sqrt(_not_negative(squares))
     if not EVEN:
         costs = tl.where((i < N) & (j < N), costs, 0.)
     return costs, xx, yy
@@ -109,6 +117,13 @@ def _inverse(x):
 
 
 @triton.jit
+def _reciprocal(x):
+    """1 / x of positive numbers, to 3e-7: one approximation and a product, where a division is eight instructions."""
+    root = tl.rsqrt(x)
+    return root * root
+
+
+@triton.jit
 def _log_kernel(costs, inv_max, N, reg, EVEN: tl.constexpr, BLOCK_N: tl.constexpr):
     """Log-kernel in base 2 with masked diagonal.
 
@@ -117,7 +132,7 @@ def _log_kernel(costs, inv_max, N, reg, EVEN: tl.constexpr, BLOCK_N: tl.constexp
     """
     i = tl.arange(0, BLOCK_N)[:, None]
     j = tl.arange(0, BLOCK_N)[None, :]
-    log_kernel = costs * inv_max[:, None] * (-LOG2_E / reg)
+    log_kernel = costs * (inv_max * (-LOG2_E / reg))[:, None]
     if EVEN:
         return tl.where(i == j, float('-inf'), log_kernel)
     else:
@@ -154,7 +169,7 @@ def _weights(scaled, N, scale, SOFTMAX: tl.constexpr, EVEN: tl.constexpr, BLOCK_
         weights = tl.exp2((scores - 1.) * (scale * LOG2_E))
         if not EVEN:
             weights = tl.where(j < N, weights, 0.)
-        return weights / tl.sum(weights, 1)[:, None]
+        return weights * _reciprocal(tl.sum(weights, 1))[:, None]
     else:
         return scores * scale
 
@@ -227,14 +242,14 @@ def _forward_kernel(
         a = tl.zeros([BLOCK_N], tl.float32)
         b = tl.full([BLOCK_N], 1., tl.float32)
         for _ in range(iters):
-            a = mass / tl.sum(kernel * b[None, :], 1)
-            b = mass / tl.sum(kernel * a[:, None], 0)
+            a = mass * _reciprocal(tl.sum(kernel * b[None, :], 1))
+            b = mass * _reciprocal(tl.sum(kernel * a[:, None], 0))
             tl.store(scalings_ptr + n, a)
             tl.store(scalings_ptr + BLOCK_N + n, b)
             scalings_ptr += 2 * BLOCK_N
 
     plan = _plan(kernel, a, b, LOG, BLOCK_N)
-    sot = plan / (1. + plan)
+    sot = plan * _reciprocal(1. + plan)
     weights = _weights(sot * _inverse(tl.max(tl.max(sot, 1), 0)), N, scale, SOFTMAX, EVEN, BLOCK_N)
     if DROPOUT:
         weights *= _dropout_factor(seed_ptr, problem, drop_below, keep_factor, BLOCK_N)
@@ -286,7 +301,7 @@ def _backward_kernel(
     a = tl.load(scalings_ptr + n)
     b = tl.load(scalings_ptr + BLOCK_N + n)
     plan = _plan(kernel, a, b, LOG, BLOCK_N)
-    sot = plan / (1. + plan)
+    sot = plan * _reciprocal(1. + plan)
     largest = tl.max(tl.max(sot, 1), 0)
     inv_largest = _inverse(largest)
     weights = _weights(sot * inv_largest, N, scale, SOFTMAX, EVEN, BLOCK_N)
@@ -314,12 +329,22 @@ def _backward_kernel(
     grad += tl.where(is_largest, grad_largest / tl.sum(tl.sum(is_largest.to(tl.float32), 1), 0), 0.)
 
     # sot = sigmoid(log plan); 0 on the diagonal and in the padding
-    grad *= sot * (1. - sot)
+    if LOG:
+        grad *= sot * (1. - sot)
+        by_kernel = grad
+    else:
+        # divided by the kernel, which all that the iterations add is multiplied with
+        by_kernel = a[:, None] * b[None, :]
+        rest = _reciprocal(1. + kernel * by_kernel)
+        by_kernel *= grad * (rest * rest)
+        grad = kernel * by_kernel
     grad_u = tl.sum(grad, 1)
     grad_v_potential = tl.sum(grad, 0)
 
     # the iterations backwards
     total = N.to(tl.float32)
+    if not LOG:
+        grad_v_potential *= total
     for t in range(iters):
         scalings_ptr -= 2 * BLOCK_N
         a_before = tl.load(scalings_ptr + n, mask=t + 1 < iters, other=1.)
@@ -332,14 +357,18 @@ def _backward_kernel(
             grad -= row_step
             grad_v_potential = -tl.sum(row_step, 0)
         else:
-            gb = total * grad_v_potential * b
+            gb = grad_v_potential * b  # the potential's gradient, times N
             grad_u -= a * tl.sum(kernel * gb[None, :], 1)
             ga = total * grad_u * a
-            grad_v_potential = -b_before * tl.sum(kernel * ga[:, None], 0)
-            grad -= kernel * (a[:, None] * gb[None, :] + ga[:, None] * b_before[None, :])
+            grad_v_potential = -b_before * tl.sum(kernel * (total * ga)[:, None], 0)
+            by_kernel -= a[:, None] * gb[None, :]
+            by_kernel -= ga[:, None] * b_before[None, :]
         grad_u = tl.zeros_like(grad_u)
         a = a_before
         b = b_before
+
+    if not LOG:
+        grad = kernel * by_kernel
 
     # log-kernel = -cost / (row maximum * reg); the tiles are read again rather than kept in registers all the way
     x = _load(q_ptr, stride_qn, 1, N, D, EVEN, BLOCK_N, BLOCK_D)
@@ -367,7 +396,7 @@ def _backward_kernel(
         pull_y = inv_y * inv_y * tl.sum(grad * (1. - costs), 0)
         grad = grad * inv_x[:, None] * inv_y[None, :]
     else:
-        grad = tl.where(costs == 0., 0., grad / tl.where(costs == 0., 1., costs))
+        grad *= tl.where(costs == 0., 0., _reciprocal(costs))
     if x.dtype == tl.float16:
         # 1 / distance leaves the range of float16: tensor cores in tf32, which holds float16 exactly
         x = x.to(tl.float32)

@@ -17,6 +17,7 @@ from .onchip import (
     _forward_config,
     _inverse,
     _load,
+    _reciprocal,
     _store,
     _tiles,
     empty_saved,
@@ -24,6 +25,12 @@ from .onchip import (
 from .operands import dropout_numbers, empty_heads, unit_stride
 
 __all__ = ['empty_saved', 'shares_forward', 'shares_backward']
+
+
+@triton.jit
+def _positive_inverse(x):
+    """`_reciprocal`, and 0 for 0."""
+    return tl.where(x == 0., 0., _reciprocal(x))
 
 
 @triton.jit
@@ -52,7 +59,7 @@ def _kernel(cosines, scale, N, EVEN: tl.constexpr, BLOCK_N: tl.constexpr):
 @triton.jit
 def _column_factors(shares, inverse_sums):
     b = shares * inverse_sums
-    return b / tl.sum(b, 0)
+    return b * _reciprocal(tl.sum(b, 0))
 
 
 @triton.jit
@@ -66,7 +73,7 @@ def _shares(log_shares_ptr, problem, N, BLOCK_N: tl.constexpr):
 @triton.jit
 def _weights(kernel, b):
     weights = kernel * b[None, :]
-    return weights * _inverse(tl.sum(weights, 1))[:, None]
+    return weights * _positive_inverse(tl.sum(weights, 1))[:, None]
 
 
 @triton.jit(do_not_specialize=['N', 'iters', 'drop_below'])
@@ -96,8 +103,8 @@ def _forward_kernel(
     vectors_ptr += problem.to(tl.int64) * iters * 2 * BLOCK_N
     b = tl.where(n < N, 1., 0.)
     for _ in range(iters):
-        a = _inverse(tl.sum(kernel * b[None, :], 1))
-        inverse_sums = _inverse(tl.sum(kernel * a[:, None], 0))
+        a = _positive_inverse(tl.sum(kernel * b[None, :], 1))
+        inverse_sums = _positive_inverse(tl.sum(kernel * a[:, None], 0))
         tl.store(vectors_ptr + n, a)
         tl.store(vectors_ptr + BLOCK_N + n, inverse_sums)
         vectors_ptr += 2 * BLOCK_N

@@ -21,15 +21,18 @@ def check_one_device(*tensors: torch.Tensor) -> None:
 
 
 def unit_stride(x: torch.Tensor) -> torch.Tensor:
-    """x with contiguous rows."""
-    return x if x.stride(-1) == 1 else x.contiguous()
+    """x with contiguous rows, which lie together: inside a problem the Triton kernels count in 32 bits."""
+    return x if x.stride(-1) == 1 and x.stride(-2) * x.shape[-2] < 2 ** 31 else x.contiguous()
 
 
 def matched_points(q: torch.Tensor, k: torch.Tensor, operand: str) -> torch.Tensor:
     """What the queries are matched with: themselves for 'q', the keys for 'qk', the columns of the keys for 'qkt'."""
     if operand == 'q':
         return q
-    return k.transpose(-2, -1) if operand == 'qkt' else unit_stride(k)
+    if operand == 'qk':
+        return unit_stride(k)
+    # their rows are read across: only that they lie together matters
+    return (k if max(k.stride()[-2:]) * k.shape[-1] < 2 ** 31 else k.contiguous()).transpose(-2, -1)
 
 
 def empty_heads(q: torch.Tensor, dtype: Optional[torch.dtype] = None) -> torch.Tensor:

@@ -4,26 +4,51 @@ What torch.library.custom_op does, on the level below. That checks in every call
 in the tests, and reads the schema anew: calls, with their backward passes, then take twice as long until a kernel
 begins, and on a GPU, whose kernels are short, everything waits for that.
 """
-from typing import Callable, Optional
+from types import SimpleNamespace
+from typing import Callable, Dict, Optional
 
 import torch
 from torch.library import Library, infer_schema
 
-__all__ = ['differentiate', 'operator']
+__all__ = ['differentiate', 'operator', 'register_fake']
 
-_library = Library('timm_sot', 'FRAGMENT')  # what it registers ends with it
+# An operator is registered once in a process and calls what is in here: when a module is imported again, it finds its
+# operators and gives them its new functions. Hence not in this module, but where the operators are.
+_registered: Dict[str, SimpleNamespace] = vars(torch.ops.timm_sot).setdefault('_registered', {})
 
 
 def operator(function: Callable) -> torch._ops.OpOverload:
     """Make an operator `timm_sot::NAME` of a function NAME, by its annotations; a decorator.
 
-    The function must neither change its arguments nor return them or parts of them. `torch.library.register_fake` says
-    what stands for it where tensors have no data.
+    The function must neither change its arguments nor return them or parts of them, and must have no default values:
+    torch leaves out arguments that are equal to them.
     """
-    name = function.__name__
-    _library.define(name + infer_schema(function, mutates_args=()), tags=(torch.Tag.pt2_compliant_tag,))
-    _library.impl(name, function, 'CompositeExplicitAutograd')
-    return getattr(torch.ops.timm_sot, name).default
+    name, schema = function.__name__, infer_schema(function, mutates_args=())
+    if name in _registered and _registered[name].schema == schema:
+        _registered[name].function = function
+        return _registered[name].op
+    library = Library('timm_sot', 'FRAGMENT')
+    library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+    op = getattr(torch.ops.timm_sot, name).default
+    if any(argument.has_default_value() for argument in op._schema.arguments):
+        raise ValueError(f'{name} must not have default values: {op._schema}')
+    registered = _registered[name] = SimpleNamespace(
+        schema=schema, function=function, fake=None, gradient=None, op=op, library=library)
+    library.impl(name, lambda *args: registered.function(*args), 'CompositeExplicitAutograd')
+    torch.library.register_fake(op, lambda *args: registered.fake(*args), lib=library)
+    library.impl(name, lambda keyset, *args: _call(registered, keyset, args), 'Autograd', with_keyset=True)
+    return op
+
+
+def register_fake(op: torch._ops.OpOverload) -> Callable[[Callable], Callable]:
+    """A decorator for what stands for an operator where tensors have no data: it makes outputs of the same shapes,
+    strides and dtypes.
+    """
+    def register(fake: Callable) -> Callable:
+        _of(op).fake = fake
+        return fake
+
+    return register
 
 
 def differentiate(
@@ -35,25 +60,33 @@ def differentiate(
 
     Args:
         op: What `operator` made.
-        backward: From a context and the gradients of the outputs to the gradients of all arguments, None for those that
-            have none.
+        backward: From a context and the gradients of the outputs to a tuple of the gradients of all arguments, None for
+            those that have none.
         setup_context: From a context, all arguments as a tuple, and the output: keeps what `backward` needs.
     """
-    def forward(ctx, *args):
+    def forward(ctx, keyset, *args):
         with torch._C._AutoDispatchBelowAutograd():
-            output = op(*args)
+            output = op.redispatch(keyset, *args)
         if setup_context is not None:
             setup_context(ctx, args, output)
         return output
 
-    name = op.name().split('::')[1]
-    function = type(name, (torch.autograd.Function,), dict(
-        forward=staticmethod(forward), backward=staticmethod(backward)))
+    _of(op).gradient = type(_name(op), (torch.autograd.Function,), dict(
+        forward=staticmethod(forward),
+        backward=staticmethod(lambda ctx, *grads: (None, *backward(ctx, *grads)))))  # none for the keyset
 
-    def call(*args):
-        if torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in args):
-            return function.apply(*args)
-        with torch._C._AutoDispatchBelowAutograd():
-            return op(*args)
 
-    _library.impl(name, call, 'Autograd')
+def _call(registered: SimpleNamespace, keyset, args):
+    keyset = keyset & torch._C._after_autograd_keyset
+    if torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in args):
+        return registered.gradient.apply(keyset, *args)
+    with torch._C._AutoDispatchBelowAutograd():
+        return registered.op.redispatch(keyset, *args)
+
+
+def _name(op: torch._ops.OpOverload) -> str:
+    return op.name().split('::')[1]
+
+
+def _of(op: torch._ops.OpOverload) -> SimpleNamespace:
+    return _registered[_name(op)]

@@ -21,7 +21,7 @@ from typing import Optional, Tuple
 import torch
 
 from .operands import check_one_device, empty_heads, refuse_second_derivative
-from .operators import differentiate, operator
+from .operators import differentiate, operator, register_fake
 
 __all__ = ['fused_shares_attention']
 
@@ -76,7 +76,7 @@ def shares_attention(
         return _implementation(path).shares_forward(q, k, v, scale, log_shares, iters, dropout_p, seed)
 
 
-@torch.library.register_fake(shares_attention)
+@register_fake(shares_attention)
 def _(q, k, v, scale, log_shares, iters, dropout_p, seed, path):
     check_one_device(q, k, v, scale, log_shares)
     return empty_heads(q), _implementation(path).empty_saved(q, iters)
@@ -103,7 +103,7 @@ def shares_attention_backward(
     return *grads, grad_scale.sum(0), grad_log_shares
 
 
-@torch.library.register_fake(shares_attention_backward)
+@register_fake(shares_attention_backward)
 def _(grad_out, q, k, v, scale, log_shares, saved, iters, dropout_p, seed, path):
     check_one_device(grad_out, q, k, v, scale, log_shares, saved)
     return *(empty_heads(q) for _ in range(3)), scale.new_empty(scale.shape), log_shares.new_empty(log_shares.shape)
@@ -118,6 +118,8 @@ def _setup_context(ctx, inputs, output):
 
 
 def _differentiate(ctx, grad_out, _):
+    if grad_out is None:  # what came after has none
+        return (None,) * 9
     *tensors, seed = ctx.saved_tensors
     grads = shares_attention_backward(grad_out, *tensors, ctx.iters, ctx.dropout_p, seed, ctx.path)
     return *grads, None, None, None, None

@@ -19,7 +19,7 @@ from typing import List, Optional, Tuple
 import torch
 
 from .operands import check_one_device
-from .operators import differentiate, operator
+from .operators import differentiate, operator, register_fake
 from .threads import loops_work, share_out
 
 __all__ = ['loops_pay', 'scaling_is_safe', 'sinkhorn', 'sum_columns', 'sum_rows']
@@ -74,7 +74,7 @@ def sinkhorn(log_kernel: torch.Tensor, iters: int, row_mass: Optional[float], sc
         return (problems + u).add_(v).view(log_kernel.shape)
 
 
-@torch.library.register_fake(sinkhorn)
+@register_fake(sinkhorn)
 def _(log_kernel, iters, row_mass, scaling):
     return log_kernel.new_empty(log_kernel.shape)
 
@@ -100,7 +100,7 @@ def sinkhorn_backward(
         return out.view(log_kernel.shape)
 
 
-@torch.library.register_fake(sinkhorn_backward)
+@register_fake(sinkhorn_backward)
 def _(grad, log_kernel, iters, row_mass, scaling):
     check_one_device(grad, log_kernel)
     return log_kernel.new_empty(log_kernel.shape)

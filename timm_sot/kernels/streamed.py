@@ -629,7 +629,11 @@ def _prepare(q: torch.Tensor, k: torch.Tensor, operand: str, reg: float, distanc
     if q.dtype == torch.float32 and distance == 'euclidean':
         # distances are differences of squared norms, which cancel far from the origin
         mean = y.mean(dim=-2, keepdim=True)
-        x, y = x - mean, x - mean if operand == 'q' else y - mean
+        x, y = unit_stride(x - mean), y - mean  # of operands that overlap in memory torch may order the result otherwise
+        if operand == 'q':
+            y = x
+        elif operand == 'qk':
+            y = unit_stride(y)
     options = dict(
         COSINE=distance == 'cosine',
         PRECISION='tf32x3' if q.dtype == torch.float32 else 'tf32',
