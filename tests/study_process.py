@@ -10,7 +10,7 @@ import timm_sot
 
 def start(arguments, **options):
     """Run `timm-sot study`."""
-    command = [sys.executable, '-m', 'timm_sot.cli', 'study', *arguments]
+    command = [sys.executable, '-m', 'timm_sot', 'study', *arguments]
     root = os.path.dirname(os.path.dirname(timm_sot.__file__))
     return subprocess.Popen(command, env={**os.environ, 'PYTHONPATH': root}, **options)
 

@@ -361,12 +361,13 @@ def test_unknown_argument(name):
 
 @pytest.mark.parametrize('kwargs,match', [
     (dict(pos_embed='sinus'), r"pos_embed='sinus' is unknown; choose one of \('learn', 'sine', 'none'\)"),
-    (dict(attn='sot'), r"variant='sot' is unknown; choose one of \('softmax', 'sot_q'"),
+    (dict(attn='sot'), r"attn='sot' is unknown; choose one of \('softmax', 'sot_q'"),
     (dict(global_pool='token'), r"global_pool='token' is unknown; choose one of \('seq', 'avg', ''\)"),
-    (dict(sot_reg=0.), r'reg=0\.0 must be a positive finite number'),
-    (dict(sot_reg='0.1'), r"reg='0\.1' must be a positive finite number"),
-    (dict(sot_iters=0), r'iters=0 must be an integer of at least 1'),
-    (dict(sot_tol='none'), r"tol='none' must be None"),
+    (dict(sot_reg=0.), r'^sot_reg=0\.0 must be a positive finite number'),
+    (dict(sot_reg='0.1'), r"^sot_reg='0\.1' must be a positive finite number"),
+    (dict(sot_iters=0), r'^sot_iters=0 must be an integer of at least 1'),
+    (dict(sot_tol='none'), r"^sot_tol='none' must be None"),
+    (dict(sot_tol=False), r'^sot_tol=False must be None'),
     *((dict([(name, value)]), rf'^{name}={value} must be an integer of at least 1')
       for name in ('in_chans', 'embed_dim', 'depth', 'num_heads', 'kernel_size', 'n_conv_layers')
       for value in (0, -1, 2.5)),
@@ -953,10 +954,15 @@ def test_compile_inductor():
 def test_compile_dynamic_img_size():
     model = create('cct_2_sot_qk', dynamic_img_size=True)
     torch._dynamo.reset()
-    compiled = torch.compile(model, fullgraph=True, backend='eager')
-    with torch.no_grad():
-        for size in ((32, 32), (24, 40)):
-            assert error(compiled(images(*size)), model(images(*size))) < 1e-5
+    compiled = torch.compile(model, fullgraph=True, backend='aot_eager')
+    for size in ((32, 32), (24, 40), (40, 48)):
+        assert error(compiled(images(*size)), model(images(*size))) < 1e-5
+        grads = []
+        for function in (compiled, model):
+            model.zero_grad()
+            function(images(*size)).sum().backward()
+            grads.append(model.pos_embed.grad)
+        assert error(*grads) < 1e-5
 
 
 def test_export(name):

@@ -1,5 +1,6 @@
 """ The command line """
 import json
+import subprocess
 import sys
 
 import pytest
@@ -294,6 +295,12 @@ def test_attention_without_its_extra(package, monkeypatch, capsys):
     assert main(['attention', 'compare']) == 2
     printed = capsys.readouterr().err
     assert "pip install 'timm-sot[viz]'" in printed and printed.count('\n') == 1
+
+
+@pytest.mark.slow
+def test_module():
+    done = subprocess.run([sys.executable, '-m', 'timm_sot', '--version'], capture_output=True, text=True)
+    assert done.stdout == f'timm-sot {timm_sot.__version__}\n' and done.returncode == 0
 
 
 def test_version(capsys):

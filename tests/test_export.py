@@ -139,6 +139,42 @@ def test_train_py(tmp_path, digits_dir, ema):
     assert 'somebody' not in text  # nobody's folders
 
 
+def test_zeros_of_train_py_are_in_its_command(tmp_path):
+    zeros = dict(seed=0, smoothing=0., weight_decay=0., hflip=0., color_jitter=0., warmup_epochs=0)
+    _, checkpoint = train_py(tmp_path / 'run', **zeros, mixup=None, crop_pct='', torchcompile=False)
+    assert run(checkpoint, '--out', tmp_path / 'cct_2.digits') == 0
+    text = (tmp_path / 'cct_2.digits' / 'README.md').read_text()
+    for key, value in zeros.items():
+        assert f'\n{key}: {value}\n' in text
+    assert '| Seed | 0 |' in text and 'mixup' not in text and 'crop_pct' not in text and 'torchcompile' not in text
+
+
+def test_where_the_weights_began(tmp_path):
+    _, checkpoint = train_py(tmp_path / 'run', pretrained=True, pretrained_path='/home/somebody/first.pth')
+    assert run(checkpoint, '--out', tmp_path / 'cct_2.digits') == 0
+    text = (tmp_path / 'cct_2.digits' / 'README.md').read_text()
+    assert '| Began with the weights in | first.pth |' in text and '\npretrained_path: "first.pth"\n' in text
+    assert 'somebody' not in text
+
+
+@pytest.mark.parametrize('args', [dict(img_size=48), dict(input_size=[3, 48, 48], img_size=None)])
+def test_the_image_size_of_train_py_is_that_of_the_images(tmp_path, digits_dir, args):
+    network, checkpoint = train_py(tmp_path / 'run', model_kwargs=dict(dynamic_img_size=True), **args)
+    out = tmp_path / 'cct_2.digits'
+    assert run(checkpoint, '--out', out, '--data-dir', digits_dir, '--device', 'cpu') == 0
+    loaded = timm.create_model(f'local-dir:{out}', pretrained=True)
+    assert timm.data.resolve_model_data_config(loaded)['input_size'] == (3, 48, 48)
+    assert 'Input: 48x48 pixels' in (out / 'README.md').read_text()
+    assert torch.equal(logits(loaded), logits(network))
+
+
+def test_gray_images(tmp_path, digits_dir):
+    _, checkpoint = train_py(tmp_path / 'run', model_kwargs=dict(in_chans=1), in_chans=1)
+    out = tmp_path / 'cct_2.digits'
+    assert run(checkpoint, '--out', out, '--data-dir', digits_dir, '--device', 'cpu') == 0
+    assert '1 channels' in (out / 'README.md').read_text()
+
+
 def test_exported_again(tmp_path):
     _, checkpoint = study(tmp_path / 'study')
     out = tmp_path / 'cct_2_sot_qk.digits'
@@ -189,7 +225,7 @@ def failing(tmp_path):
           for name in ('bare.pth', 'no_epoch.pth', 'no_model.pth')),
         ((tmp_path / 'progress.pt', '--out', out), 'in progress'),
         ((good, '--out', out, '--data-dir', tmp_path / 'nowhere'), 'nowhere'),
-        ((good, '--out', out, '--data-dir', folder), 'no images'),
+        ((good, '--out', out, '--data-dir', folder), 'is no folder with images in folders of their classes'),
         ((good, '--out', out, '--model-kwargs', 'sot_rag=1'), 'sot_rag'),
         ((good, '--out', out, '--model-kwargs', 'sot_reg'), "key=value pairs, got 'sot_reg'"),
         ((good,), '--out'),

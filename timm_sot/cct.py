@@ -7,6 +7,7 @@ The `cct_*_sot_*` models replace the attention matrix by the Self-Optimal-Transp
 """
 import logging
 import math
+import operator
 import re
 from functools import partial
 from numbers import Integral
@@ -43,7 +44,8 @@ try:
 except ImportError:  # timm before 1.0.31 keeps no record of what a model was changed to
     update_model_args = update_model_input_size = None
 
-from .attention import SOTAttention
+from .attention import SOTAttention, check_variant
+from .solver import is_exporting
 from .weights import explained, packaged_weights, with_readable_folder
 
 __all__ = ['CCT']  # register_model adds each entry point to this
@@ -247,6 +249,10 @@ def resize_pos_embed(
     dim = pos_embed.shape[-1]
     if sine:
         return sine_pos_embed(new_size[0] * new_size[1], dim, pos_embed.device, pos_embed.dtype)
+    if not torch.jit.is_scripting():
+        if torch.compiler.is_compiling() and not is_exporting():
+            # a graph for each size, as of timm's models: with sizes that are symbols torch cannot differentiate this
+            new_size = [operator.index(size) for size in new_size]
     # the NHWC form compares both sides; resample_abs_pos_embed takes 2x8 for 4x4, the number of tokens being equal
     grid = pos_embed.reshape(1, old_size[0], old_size[1], dim)
     return resample_abs_pos_embed_nhwc(grid, new_size).reshape(1, -1, dim)
@@ -339,6 +345,7 @@ class CCT(nn.Module):
         )
         if embed_dim % num_heads:
             raise ValueError(f'embed_dim={embed_dim} must be a multiple of num_heads={num_heads}.')
+        check_attention(attn, sot_reg, sot_iters, sot_tol)
 
         self.in_chans = in_chans
         self.num_classes = num_classes
@@ -495,8 +502,14 @@ class CCT(nn.Module):
     def _check_size(self, x: torch.Tensor) -> None:
         if not self.dynamic_img_size:
             H, W = x.shape[-2:]
-            _assert(H == self.img_size[0], f"Input height ({H}) doesn't match model ({self.img_size[0]}).")
-            _assert(W == self.img_size[1], f"Input width ({W}) doesn't match model ({self.img_size[1]}).")
+            _assert(
+                H == self.img_size[0],
+                f"Input height ({H}) doesn't match model ({self.img_size[0]}); create it with another img_size, or with "
+                f"dynamic_img_size=True.")
+            _assert(
+                W == self.img_size[1],
+                f"Input width ({W}) doesn't match model ({self.img_size[1]}); create it with another img_size, or with "
+                f"dynamic_img_size=True.")
 
     def _pos_embed(self, x: torch.Tensor) -> torch.Tensor:
         """Flatten the token grid and add the position embedding, (B, D, H, W) -> (B, H * W, D)."""
@@ -650,6 +663,15 @@ def check_img_size(img_size: Union[int, Tuple[int, int]]) -> Tuple[int, int]:
         raise ValueError(f'img_size={img_size!r} must be one number or (height, width).')
     check_positive_integers(height=size[0], width=size[1])
     return size
+
+
+def check_attention(attn: str, sot_reg: float, sot_iters: int, sot_tol: Optional[float]) -> None:
+    """Raise ValueError for an unknown attention or settings of it that are out of their range."""
+    try:
+        check_variant(attn, sot_reg, sot_iters, sot_tol)
+    except ValueError as e:  # which begins with the name that the argument has in SOTAttention
+        name, _, rest = str(e).partition('=')
+        raise ValueError(f'{"attn" if name == "variant" else f"sot_{name}"}={rest}') from None
 
 
 def check_positive_integers(**numbers: int) -> None:

@@ -239,7 +239,7 @@ def _chosen(rows, names):
 
     for name in names or ():
         if name not in rows:
-            close = get_close_matches(name, rows, n=5) or [*rows][:5]
+            close = get_close_matches(name, rows, n=5, cutoff=0.)
             raise UserError(f'--rows {name!r} is none of the {len(rows)} rows; there are {", ".join(close)}'
                             + ' and others' * (len(close) < len(rows)) + '.')
     return [rows[name] for name in names or rows]
@@ -452,7 +452,3 @@ def main(argv: Optional[List[str]] = None) -> int:
     except KeyboardInterrupt:
         print('timm-sot: interrupted', file=sys.stderr)
         return 130
-
-
-if __name__ == '__main__':
-    sys.exit(main())

@@ -46,7 +46,7 @@ _LABELS = {
 # of train.py's arguments: where it ran and what it wrote, not how it trained
 _PLACES = {
     'checkpoint_hist', 'config', 'data', 'data_dir', 'dist_backend', 'distributed', 'eval_checkpoint', 'experiment',
-    'initial_checkpoint', 'local_rank', 'log_interval', 'log_wandb', 'output', 'pin_mem', 'rank', 'recovery_interval',
+    'local_rank', 'log_interval', 'log_wandb', 'output', 'pin_mem', 'rank', 'recovery_interval',
     'resume', 'save_images', 'wandb_project', 'wandb_resume_id', 'wandb_tags', 'workers', 'world_size',
 }
 
@@ -228,9 +228,8 @@ def read_train(content: Dict[str, Any]) -> Checkpoint:
     weights = clean_state_dict(content['state_dict_ema' if averaged else 'state_dict'])
     kwargs = dict(args.get('model_kwargs') or {})
     if args.get('input_size'):
-        kwargs.update(in_chans=args['input_size'][0], img_size=tuple(args['input_size'][1:]))
-    for option, argument in (('img_size', 'img_size'), ('in_chans', 'in_chans'), ('num_classes', 'num_classes'),
-                             ('gp', 'global_pool')):
+        kwargs['in_chans'] = args['input_size'][0]
+    for option, argument in (('in_chans', 'in_chans'), ('num_classes', 'num_classes'), ('gp', 'global_pool')):
         if args.get(option) is not None:
             kwargs[argument] = args[option]
     data_config = {
@@ -238,17 +237,25 @@ def read_train(content: Dict[str, Any]) -> Checkpoint:
         for key in ('mean', 'std', 'interpolation', 'crop_pct', 'crop_mode') if args.get(key) is not None}
     if data_config.get('interpolation') == 'random':
         del data_config['interpolation']
+    # of the images alone: train.py leaves it to model_kwargs what size the model is of
+    if args.get('input_size'):
+        data_config['input_size'] = tuple(args['input_size'])
+    elif args.get('img_size') is not None:
+        data_config['input_size'] = (args.get('in_chans') or 3, args['img_size'], args['img_size'])
 
     data = args.get('dataset') or os.path.basename(os.path.abspath(args.get('data_dir') or args.get('data') or 'data'))
     epochs = content['epoch'] + 1
     options = {key: value for key, value in sorted(args.items())
-               if key not in _PLACES and value not in (None, False, '', [], {}) and not key.endswith('_path')}
+               if key not in _PLACES and value is not None and value is not False and value not in ('', [], {})}
+    origin = [key for key in ('initial_checkpoint', 'pretrained_path') if key in options]
+    options.update((key, os.path.basename(options[key])) for key in origin)
     facts = [
         ('Epochs', f'{epochs} of {args.get("epochs", "?")}'),
         ('Seed', args.get('seed', 'not recorded')),
         ('Data', data),
         ('Validation during training', content.get('metric', 'not recorded')),
         ('Device', args.get('device', 'not recorded')),
+        *(('Began with the weights in', options[key]) for key in origin),
         ('Weights', 'averaged (EMA)' if averaged else 'as trained'),
         ('Commit of timm-sot', f'not recorded by train.py; exported with timm-sot {__version__}'),
     ]
@@ -278,8 +285,11 @@ def build(source: Checkpoint, path: str) -> nn.Module:
         raise UserError(f'{path} holds values that are not finite, in {bad[0]}; its training diverged.')
     # what the images must be; newer versions of timm see to the sizes themselves when they save
     cfg = model.pretrained_cfg
-    cfg.update(source.data_config, num_classes=model.num_classes, input_size=(
+    cfg.update(num_classes=model.num_classes, input_size=(
         getattr(model, 'in_chans', cfg['input_size'][0]), *getattr(model, 'img_size', cfg['input_size'][1:])))
+    cfg.update(source.data_config)
+    if 'input_size' in source.data_config:
+        cfg.pop('test_input_size', None)
     return model.float().eval()
 
 
@@ -291,9 +301,11 @@ def evaluate(model: nn.Module, data_dir: str, device: Optional[torch.device] = N
     splits = [split for split in TEST_SPLITS if (root / split).is_dir()]
     folder = root / splits[0] if splits else root
     try:
-        dataset = create_dataset('', root=str(folder))
+        dataset = create_dataset(
+            '', root=str(folder), input_img_mode='L' if model.pretrained_cfg['input_size'][0] == 1 else 'RGB')
     except (RuntimeError, OSError, AssertionError) as e:
-        raise UserError(f'{folder} has no images in folders of their classes: {e}') from e
+        reason = f': {e}' if str(e) else ''
+        raise UserError(f'{folder} is no folder with images in folders of their classes{reason}') from e
     classes = sorted(dataset.reader.class_to_idx, key=dataset.reader.class_to_idx.get)
     if len(classes) != model.num_classes:
         raise UserError(f'{folder} has {len(classes)} classes, the model {model.num_classes}; give it images like '

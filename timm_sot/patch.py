@@ -56,10 +56,12 @@ def apply_sot(
     """
     layers = attention_layers(model)
     try:
-        indices = [operator.index(index) for index in (range(len(layers)) if blocks is None else blocks)]
+        given = range(len(layers)) if blocks is None else list(blocks)
+        indices = [operator.index(index) for index in given]
     except TypeError:
-        raise ValueError(
-            f'blocks={blocks!r} must be None, for all, or integers in a list, such as blocks=[-1].') from None
+        given = indices = None
+    if indices is None or any(isinstance(index, bool) for index in given):  # a mask would be taken for blocks 0 and 1
+        raise ValueError(f'blocks={blocks!r} must be None, for all, or integers in a list, such as blocks=[-1].')
     for index in indices:
         if not -len(layers) <= index < len(layers):
             raise ValueError(

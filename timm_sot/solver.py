@@ -82,7 +82,7 @@ def check_sinkhorn_args(iters: int, tol: Optional[float], row_mass: Optional[flo
 
 def is_number(value: Any) -> bool:
     """Whether `value` can be compared with numbers, which the strings of a command line cannot."""
-    return isinstance(value, (numbers.Real, torch.Tensor))
+    return isinstance(value, (numbers.Real, torch.Tensor)) and not isinstance(value, bool)
 
 
 def compute_dtype(x: torch.Tensor) -> torch.dtype:

@@ -72,7 +72,8 @@ def explained(variant: str, pretrained: bool, kwargs: Dict[str, Any]) -> Iterato
 def explain(error: Exception, cfg: Dict[str, Any]) -> None:
     """Put the source of the weights, and what would work, into the message of an error."""
     # torch says of a pickle that is cut off that its zip archive has no end, or no beginning
-    damaged = isinstance(error, (SafetensorError, EOFError)) or 'PytorchStreamReader' in str(error)
+    damaged = isinstance(error, (SafetensorError, EOFError)) or 'PytorchStreamReader' in str(error) or (
+        isinstance(error, KeyError) and isinstance(error.args[0], int))  # an opcode that no pickle has
     file = WEIGHTS_FILE
     if cfg.get('source') == 'hf-hub':
         repo_id = cfg['hf_hub_id'].partition('@')[0]
@@ -88,8 +89,12 @@ def explain(error: Exception, cfg: Dict[str, Any]) -> None:
             advice = 'install timm-sot again' if packaged else 'check its path, or copy it anew'
         elif packaged:
             advice = (
-                'leave depth, embed_dim, mlp_ratio, kernel_size and n_conv_layers at their defaults, or create the '
-                'model without pretrained weights')
+                'leave depth, embed_dim, mlp_ratio, kernel_size and n_conv_layers, and of sot_shares attn, sot_iters and '
+                'context, at their defaults, or create the model without pretrained weights')
+        elif 'head.' in str(error):
+            advice = (
+                'say of how many classes the weights are, with pretrained_cfg_overlay=dict(file=..., num_classes=...), '
+                'and create the model with the arguments that they were trained with')
         else:
             advice = 'create the model with the arguments that the weights were trained with'
 
