@@ -239,7 +239,8 @@ def _chosen(rows, names):
 
     for name in names or ():
         if name not in rows:
-            close = get_close_matches(name, rows, n=5, cutoff=0.)
+            closest = get_close_matches(name, rows, n=5, cutoff=0.)
+            close = [row for row in rows if row in closest]
             raise UserError(f'--rows {name!r} is none of the {len(rows)} rows; there are {", ".join(close)}'
                             + ' and others' * (len(close) < len(rows)) + '.')
     return [rows[name] for name in names or rows]
