@@ -83,7 +83,7 @@ def test_report_without_an_extra(package, monkeypatch, tmp_path, capsys):
     (['study', '--dataset', 'torch/cifar11'], "dataset 'torch/cifar11' cannot be read"),
     (['study', '--time-limit', '10'], '--time-limit stops a study that the same command continues; it needs --out'),
     (['study', '--models', 'cct_2', '--grid', 'sot_reg=[]'], "at least one value of each argument, got {'sot_reg"),
-    (['study', '--rows', 'cct_2_sot'], "--rows 'cct_2_sot' is none of the 3 rows; there are cct_2_sot_q"),
+    (['study', '--rows', 'cct_2_sot'], "--rows 'cct_2_sot' is none of the 3 rows; there are cct_2, cct_2_sot_q, cct_2_sot_qk."),
     (['study', '--models', 'cct_2', '--grid', 'sot_reg=0.1,0.5', '--rows', 'cct_2'],
      "--rows 'cct_2' is none of the 2 rows; there are cct_2 sot_reg=0.1, cct_2 sot_reg=0.5."),
     (['study', '--ray', '--gpus-per-run', '0.5', '--device', 'cpu'], 'the device is to be cpu; leave one of them out'),

@@ -127,14 +127,41 @@ def test_epochs_that_are_not_asked_for(small_chunks):
         assert not thread.is_alive(), thread
 
 
+def test_chunks_are_augmented_each_by_itself(small_chunks):
+    """Equal images of one chunk are not changed as those of the next are."""
+    same = Images(torch.randint(256, (1, 3, 32, 32), dtype=torch.uint8).expand(12, -1, -1, -1), torch.arange(12))
+    epoch, = make_epochs(same, ('crop',), 0, [0])
+    chunks = epoch.images.split(module.CHUNK)
+    assert len(chunks) >= 3 and len(chunks[0]) == len(chunks[1]) and not torch.equal(chunks[0], chunks[1])
+
+
 def test_room_for_epochs(monkeypatch):
-    """A laptop of 4 GiB keeps six epochs of CIFAR-10, a server 55."""
+    """With 4 GiB free six epochs of CIFAR-10 are kept, on a server 55."""
     train = SimpleNamespace(images=SimpleNamespace(nbytes=50_000 * 3 * 32 * 32))
-    for gigabytes, room in ((4, 6), (16, 27), (512, 55)):
-        monkeypatch.setattr(os, 'sysconf', {'SC_PAGE_SIZE': 4096, 'SC_PHYS_PAGES': gigabytes << 18}.get)
+    for gigabytes, room in ((4, 6), (16, 27), (512, 55), (0, 0)):
+        monkeypatch.setattr(module, 'free_memory', lambda: gigabytes * 2. ** 30)
         assert room_for_epochs(train) == room
-    monkeypatch.delattr(os, 'sysconf')
-    assert room_for_epochs(train) == 55
+
+
+@pytest.mark.parametrize('files, gigabytes', [
+    ({}, 16.),
+    ({'/proc/meminfo': 'MemTotal: 1 kB\nMemFree: 5 kB\nMemAvailable:    3145728 kB\n'}, 3.),
+    ({'/sys/fs/cgroup/memory.max': 'max\n', '/sys/fs/cgroup/memory.current': '1\n'}, 16.),
+    ({'/sys/fs/cgroup/memory.max': f'{5 << 30}\n', '/sys/fs/cgroup/memory.current': f'{3 << 30}\n'}, 2.),
+    ({'/sys/fs/cgroup/memory.max': '1\n', '/sys/fs/cgroup/memory.current': '3\n'}, 0.),
+])
+def test_free_memory(monkeypatch, files, gigabytes):
+    def read_text(path):
+        if str(path) not in files:
+            raise FileNotFoundError(path)
+        return files[str(path)]
+
+    monkeypatch.setattr(module.Path, 'read_text', read_text)
+    monkeypatch.setattr(os, 'sysconf', {'SC_PAGE_SIZE': 4096, 'SC_PHYS_PAGES': 16 << 18}.get)
+    assert module.free_memory() == gigabytes * 2 ** 30
+    if not files:
+        monkeypatch.delattr(os, 'sysconf')
+        assert module.free_memory() == float('inf')
 
 
 def test_unaugmented_epoch_is_a_permutation():

@@ -7,6 +7,7 @@ import tarfile
 import pytest
 import torch
 from PIL import Image
+from torch.utils.data import DataLoader
 from torchvision import datasets
 
 from timm_sot.errors import UserError
@@ -53,6 +54,19 @@ def test_folder_pixels_are_those_of_the_files(tmp_path):
     data = load_data(str(tmp_path), (8, 8))
     assert torch.equal(torch.cat([data.train.images, data.test.images]), images.permute(0, 3, 1, 2))
     assert data.test.labels.tolist() == [0, 1]
+
+
+@pytest.mark.parametrize('content', [b'', b'text', 'cut off'])
+@pytest.mark.parametrize('workers', [0, 1])
+def test_damaged_images_are_not_replaced_by_others(digits_dir, tmp_path, monkeypatch, content, workers):
+    monkeypatch.setattr('timm_sot.study.data.DataLoader', lambda dataset, batch_size, num_workers: DataLoader(
+        dataset, batch_size, num_workers=workers))
+    shutil.copytree(digits_dir, tmp_path / 'images')
+    file = sorted((tmp_path / 'images' / 'train' / '3').iterdir())[2]
+    Image.effect_noise((32, 32), 90).save(file)
+    file.write_bytes(file.read_bytes()[:400] if content == 'cut off' else content)
+    with pytest.raises(UserError, match=rf'{file} cannot be read as an image \(.*\); replace it, or take it away'):
+        load_data(str(tmp_path / 'images'), (32, 32))
 
 
 @pytest.mark.parametrize('splits, message', [
@@ -177,3 +191,8 @@ def test_named_dataset(cifar10):
 def test_named_dataset_that_is_not_there(tmp_path, dataset, message):
     with pytest.raises(UserError, match=message):
         load_data(str(tmp_path), (32, 32), dataset=dataset)
+
+
+def test_all_images_held_out():
+    with pytest.raises(UserError, match='--holdout 0.99 leaves none of 10 training images to train on'):
+        subset(make_data(), holdout=0.99)

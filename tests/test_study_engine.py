@@ -77,6 +77,32 @@ def test_matches_a_plain_loop():
     assert top1 == pytest.approx(100 * (logits.argmax(1) == labels).double().mean().item())
 
 
+def test_tests_without_dropout():
+    trainer, _ = make_trainer(Recipe(epochs=1, batch_size=12, lr=1e-9))
+    trainer.begin_epoch(0, 0)
+    results = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        trainer.evaluate()
+        results.append(trainer.result())
+    assert results[0] == results[1] and not trainer.model.training
+
+
+def test_dropout_of_every_epoch_is_its_own():
+    trainer, initial = make_trainer(Recipe(epochs=2, batch_size=12, lr=1e-9))
+    drawn = []
+    for epoch in (0, 1, 0):
+        trainer.begin_epoch(0, epoch)
+        drawn.append(torch.rand(4))
+    assert torch.equal(drawn[0], drawn[2]) and not torch.equal(drawn[0], drawn[1])
+
+
+def test_weight_decay_is_that_of_all_parameters():
+    trainer, _ = make_trainer(Recipe(epochs=1, batch_size=12, weight_decay=0.25))
+    decayed = {id(p): group['weight_decay'] for group in trainer.optimizer.param_groups for p in group['params']}
+    assert [decayed[id(p)] for p in trainer.model.parameters()] == [0.25] * len(decayed)
+
+
 def test_reset_and_load_state():
     trainer, initial = make_trainer()
     addresses = [tensor.data_ptr() for tensor in trainer.model.state_dict().values()]

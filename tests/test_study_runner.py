@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import time
+import warnings
 
 import pytest
 import timm
@@ -65,6 +66,12 @@ def test_models_share_their_initial_values():
 def test_input_size_errors(rows, message):
     with pytest.raises(UserError, match=message):
         runner.input_size([(name, {}) for name in rows])
+
+
+@pytest.mark.parametrize('size', ['x', 0, (32, -4), (32, 32, 3), 2.5])
+def test_sizes_that_are_none(size):
+    with pytest.raises(UserError, match='img_size=.* of cct_2 must be one number, or height and width, in pixels'):
+        runner.input_size([('cct_2', dict(img_size=size))])
 
 
 def test_input_size():
@@ -127,6 +134,80 @@ def test_continues(folder, tmp_path, capsys):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(runner, 'train_epoch', never)
         assert run(folder, tmp_path) == done
+
+
+def test_every_row_begins_with_the_values_of_the_first(folder, tmp_path, monkeypatch):
+    """Also where its model draws others by itself; in a folder, with those of the row that came first to it."""
+    seen = {}
+    train_epoch = runner.train_epoch
+
+    def look(trainers, seed, epoch, **kwargs):
+        if epoch == 0:
+            for trainer in trainers:
+                seen[len(trainer.model.blocks), seed] = {
+                    name: value.clone() for name, value in trainer.model.state_dict().items()}
+        return train_epoch(trainers, seed, epoch, **kwargs)
+
+    monkeypatch.setattr(runner, 'train_epoch', look)
+    rows, recipe = [('cct_2', {}), ('cct_2', dict(depth=3))], Recipe(epochs=1, batch_size=12)
+
+    def shared(seed):
+        return [torch.equal(seen[3, seed][name], value) for name, value in seen[2, seed].items()]
+
+    run(folder, rows=rows, recipe=recipe)
+    assert all(shared(5))
+    own = runner.build_model(rows[1], 2, 5).state_dict()
+    assert not all(torch.equal(own[name], value) for name, value in seen[2, 5].items()), 'by itself it draws others'
+    run(folder, tmp_path, rows=rows[:1], recipe=recipe, seeds=(6,))
+    run(folder, tmp_path, rows=rows[1:], recipe=recipe, seeds=(6,))
+    assert all(shared(6))
+
+
+def test_seconds_add_up(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(runner, 'train_epoch', lambda trainers, seed, epoch, **kwargs: [
+        (50. + (epoch == 0), 1., 2. + epoch) for _ in trainers])
+    run(folder, tmp_path, rows=ROWS[:1], time_limit=0.)
+    result, = run(folder, tmp_path, rows=ROWS[:1])
+    assert (result['seconds'], result['best'], result['final'], result['top1']) == (5., 51., 50., [51., 50.])
+
+
+def test_precision_is_set(folder, monkeypatch):
+    called = []
+    monkeypatch.setattr(runner, 'set_precision', called.append)
+    run(folder, rows=ROWS[:1], recipe=Recipe(epochs=1, batch_size=12, precision='bfloat16'))
+    assert called == ['bfloat16']
+
+
+def test_trainers_that_are_done_are_dropped(folder, monkeypatch):
+    held = []
+    run_group = runner.Session.run_group
+    monkeypatch.setattr(runner.Session, 'run_group', lambda self, *args: (
+        held.append(sorted(self.trainers)), run_group(self, *args))[1])
+    run(folder, parallel=1)
+    assert held == [[], []] and len(ROWS) == 2
+
+
+def test_checkpoint_of_another_model(folder, tmp_path):
+    whole = run(folder, rows=ROWS[:1])
+    run(folder, tmp_path, rows=ROWS[:1], time_limit=0.)
+    path, = (tmp_path / 'checkpoints').glob('*.pt')
+    checkpoint = torch.load(path)
+    del checkpoint['state']['model']['head.bias']
+    torch.save(checkpoint, path)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter('always')
+        assert numbers(run(folder, tmp_path, rows=ROWS[:1])) == numbers(whole)
+    assert any('does not fit the model, its run begins anew' in str(each.message) for each in caught)
+
+
+def test_another_device_is_not_mixed_in_without_a_word(folder, tmp_path, monkeypatch):
+    run(folder, tmp_path, rows=ROWS[:1])
+    monkeypatch.setattr(runner, 'device_name', lambda device, recipe: 'B')
+    with pytest.warns(UserWarning, match='those to come are of B: the report does not compare them'):
+        results = run(folder, tmp_path)
+    lines = runner.format_table(results).splitlines()
+    rows = [re.split(' {2,}', line)[:2] for line in lines[1:3]]
+    assert rows == [[f'cct_2 on {results[0]["device"]}', '1'], ['cct_2_sot_q sot_iters=2 on B', '1']]
 
 
 def test_continues_where_runs_are_apart(folder, tmp_path):

@@ -14,8 +14,8 @@ RUN = Run('cct_2', {'sot_reg': 0.5}, 3, 2)
 
 
 def make_result(run=RUN, data='images'):
-    values = {key: 1 for key in KEYS}
-    return {**values, **run._asdict(), 'top1': [1.] * run.epochs, 'loss': [1.] * run.epochs, 'data': data}
+    values = dict(best=1., final=1., seconds=1., device='cpu', versions={}, commit='')
+    return {**run._asdict(), **values, 'top1': [1.] * run.epochs, 'loss': [1.] * run.epochs, 'data': data}
 
 
 def test_run_names():
@@ -43,10 +43,13 @@ def test_corrupt_lines_are_kept_aside(tmp_path):
     store.append(make_result())
     path = tmp_path / 'results.jsonl'
     incomplete = [{**make_result(), key: [1.]} for key in ('top1', 'loss')]
+    kinds = dict(model=5, kwargs=None, seed='1', final='x', top1=['a', 'b'], versions=None, data=3)
+    incomplete += [{**make_result(), key: value} for key, value in kinds.items()]
+    incomplete += [{**make_result(), 'epochs': 0, 'top1': [], 'loss': []}]
     bad = [b'{"model": "cct', b'\xff\xfe', b'[]', b'7', *(json.dumps(line).encode() for line in incomplete)]
     path.write_bytes(path.read_bytes() + b'\n'.join(bad))  # the last without its end
     store.append(make_result(RUN._replace(seed=4)))
-    with pytest.warns(UserWarning, match='6 unreadable lines'):
+    with pytest.warns(UserWarning, match=f'{len(bad)} unreadable lines'):
         assert sorted(result['seed'] for result in store.finished('images').values()) == [3, 4]
     assert (tmp_path / 'results.corrupt').read_bytes().splitlines() == bad
     assert len(path.read_text().splitlines()) == 2
@@ -76,6 +79,10 @@ def test_checkpoints(tmp_path):
     assert store.load(RUN, 'images')['state']['weight'].tolist() == [1, 1]
     assert store.load(RUN, 'others') is None
     path = tmp_path / 'checkpoints' / (RUN.name + '.pt')
+    for content in ({}, [1.], {'data': 3}):
+        torch.save(content, path)
+        with pytest.warns(UserWarning, match='begins anew'):
+            assert store.load(RUN, 'images') is None
     path.write_bytes(path.read_bytes()[:100])
     with pytest.warns(UserWarning, match='begins anew'):
         assert store.load(RUN, 'images') is None
@@ -84,6 +91,15 @@ def test_checkpoints(tmp_path):
     assert not path.exists()
     assert load_file(tmp_path / 'checkpoints' / (RUN.name + '.safetensors'))['weight'].shape == (2, 4)
     assert store.finished('images') == {RUN.name: make_result()}
+
+
+def test_the_line_of_a_run_comes_after_its_weights(tmp_path, monkeypatch):
+    """Killed between the two, it is run again, and has not lost them."""
+    store = Store(str(tmp_path))
+    seen = []
+    monkeypatch.setattr(store, 'append', lambda result: seen.extend((tmp_path / 'checkpoints').glob('*.safetensors')))
+    store.finish(RUN, make_result(), {'weight': torch.ones(2)})
+    assert [path.stem for path in seen] == [RUN.name]
 
 
 RUNS = [Run('a', {}, seed, 2) for seed in (0, 0, 1)]
@@ -147,6 +163,22 @@ def test_settings(tmp_path):
         store.settle({**settings, 'lr': 0.2})
 
 
+def test_settings_that_are_gone(tmp_path):
+    """Runs of another recipe would be taken for those of this one."""
+    for name, use in (
+            ('results', lambda store: store.append(make_result())),
+            ('checkpoint', lambda store: store.save(RUN, {'data': 'images', 'epoch': 1}))):
+        store = Store(str(tmp_path / name))
+        settings = {'lr': 0.1, 'first': ('cct_2', {})}
+        store.settle(settings)
+        (tmp_path / name / 'study.json').unlink()
+        store.settle(settings)  # nothing was trained with it
+        use(store)
+        (tmp_path / name / 'study.json').unlink()
+        with pytest.raises(UserError, match='holds runs, but study.json, .*, is gone; put it back, or choose another'):
+            store.settle(settings)
+
+
 def test_in_memory():
     store = Store('')
     with store.claim([RUN], 'images') as mine:
@@ -163,7 +195,7 @@ def test_unusable_folder(tmp_path):
         Store(str(tmp_path / 'file'))
 
 
-@pytest.mark.parametrize('text', ['{', '[]', '{"lr": 0.1}'])
+@pytest.mark.parametrize('text', ['{', '[]', 'null', '{"lr": 0.1}', '{"first": 1}', '{"first": ["a", {}], "data": 5}'])
 def test_settings_that_are_none(tmp_path, text):
     (tmp_path / 'study.json').write_text(text)
     with pytest.raises(UserError, match='study.json is not what a study wrote .* choose another folder'):

@@ -1,11 +1,12 @@
 """ The command line, `timm-sot` """
 import argparse
+import json
 import sys
 from functools import partial
 from typing import List, Optional
 
 from . import __version__
-from .errors import UserError, missing_extra
+from .errors import UserError, first_line, missing_extra
 
 __all__ = ['main']
 
@@ -33,7 +34,9 @@ def _number(kind, minimum, exclusive=False):
     """An argparse type: `kind` of at least, or above, `minimum`."""
     def parse(text):
         value = kind(text)
-        if not (minimum < value if exclusive else minimum <= value) or value == float('inf'):
+        if value == float('inf'):
+            raise argparse.ArgumentTypeError(f'must be finite, got {text}')
+        if not (minimum < value if exclusive else minimum <= value):
             raise argparse.ArgumentTypeError(
                 f'must be {"above" if exclusive else "at least"} {minimum}, got {text}')
         return value
@@ -127,7 +130,7 @@ def _add_study(commands) -> None:
     group.add_argument('--workers', type=_number(int, 0), help='processes that augment (default: one less than cores)')
     group.add_argument('--no-graphs', action='store_true', help='train without CUDA graphs')
     group.add_argument('--time-limit', type=_number(float, 0), default=float('inf'), metavar='SECONDS',
-                       help='stop before it, after a finished epoch')
+                       help='stop before it, after a finished epoch, of which there is at least one')
 
     group = parser.add_argument_group('past one machine')
     group.add_argument('--ray', nargs='?', const='', metavar='ADDRESS',
@@ -135,7 +138,8 @@ def _add_study(commands) -> None:
                             'machine; without ADDRESS of the one that RAY_ADDRESS names, or else of one that is '
                             'started here for the study')
     group.add_argument('--cpus-per-run', type=_number(float, 0, exclusive=True), metavar='N',
-                       help='CPUs and threads of a run (default: 1)')
+                       help='CPUs of a run: as many threads, and one process less that augments, without which it does '
+                            'so between its epochs (default: 1)')
     group.add_argument('--gpus-per-run', type=_number(float, 0, exclusive=True), metavar='N',
                        help='share of a GPU of a run (default: 1 / PARALLEL, on a GPU)')
     parser.set_defaults(run=_study)
@@ -197,12 +201,14 @@ def _study(args: argparse.Namespace) -> int:
         rows = [row for name in args.models
                 for row in [row for row in rows if row[0] == name] or [(name, {})]]
     values = [
-        value if isinstance(value, (tuple, list)) else value.split(',') if isinstance(value, str) else [value]
+        value if isinstance(value, (tuple, list)) else
+        [_python(word) for word in value.split(',')] if isinstance(value, str) else [value]
         for value in args.grid.values()]
     if not all(values):
         raise UserError(f'--grid needs at least one value of each argument, got {args.grid}.')
     rows = [(model, {**kwargs, **args.model_kwargs, **dict(zip(args.grid, combination))})
             for model, kwargs in rows for combination in product(*values)]
+    rows = list(map(tuple, json.loads(json.dumps(rows))))  # named as in the lines of their runs
     rows = _chosen({Run(*row, 0, 0).row: row for row in rows}, args.rows)
     settings = {'augment': ('crop', 'flip') if args.data_dir or args.dataset else ('crop',), **settings}
     for key in ('epochs', 'batch_size', 'lr', 'weight_decay', 'smoothing', 'schedule', 'precision'):
@@ -231,6 +237,16 @@ def _study(args: argparse.Namespace) -> int:
     if failure:
         raise failure
     return 0
+
+
+def _python(text):
+    """A Python value where it is one, else the text."""
+    from ast import literal_eval
+
+    try:
+        return literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
 
 
 def _chosen(rows, names):
@@ -326,7 +342,7 @@ def _attention(args: argparse.Namespace) -> int:
         raise UserError(e) from e
     import torch
 
-    from .viz.inputs import first_line, load_models
+    from .viz.inputs import load_models
 
     if args.checkpoint and args.untrained:
         raise UserError('--checkpoint names the weights, and --untrained asks for none; leave one of them out.')

@@ -1,10 +1,18 @@
 """ Errors that a user can mend """
 
-__all__ = ['UserError', 'missing_extra']
+__all__ = ['UserError', 'first_line', 'missing_extra']
 
 
 class UserError(Exception):
     """What was asked for cannot be done; the message says why, in one line, and what would work."""
+
+
+def first_line(error: BaseException) -> str:
+    """What an exception says, in one line: what follows the first is a list for whoever debugs it."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if len(lines) > 1 and lines[0].endswith(':'):
+        return f'{lines[0]} {lines[1]}'
+    return lines[0] if lines else type(error).__name__
 
 
 def missing_extra(error: ImportError, extra: str = 'study') -> UserError:

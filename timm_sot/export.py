@@ -207,7 +207,7 @@ def find_result(path: Path) -> Tuple[Dict[str, Any], List[float], Dict[str, Any]
         for line in (folder / 'results.jsonl').read_text().splitlines():
             try:
                 result = json.loads(line)
-                run = Run(*(result[key] for key in Run._fields))
+                run = Run.of(result)
                 runs[run.name] = run, result
             except (ValueError, TypeError, KeyError, AttributeError):
                 continue  # of a run that was cut off

@@ -14,6 +14,7 @@ from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tu
 
 import torch
 
+from ..errors import first_line
 from .contenders import Contender, Group
 
 __all__ = ['QUICK_ROUNDS', 'ROUNDS', 'TIME_LIMIT', 'one_line', 'quartiles', 'release', 'time_group']
@@ -135,7 +136,7 @@ def quartiles(samples: Sequence[float]) -> List[float]:
 
 
 def one_line(error: BaseException) -> str:
-    return f'{type(error).__name__}: {(str(error).splitlines() or [""])[0]}'[:200]
+    return f'{type(error).__name__}: {first_line(error)}'[:200]
 
 
 def reason_to_skip(

@@ -5,10 +5,12 @@ make it ahead of need, in chunks; what a chunk holds depends on seed, epoch and 
 """
 import math
 import os
+import re
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import lru_cache, partial
+from pathlib import Path
 from typing import Dict, Iterator, Optional, Sequence
 
 import numpy as np
@@ -162,11 +164,22 @@ def make_epochs(
 
 
 def room_for_epochs(train: Images) -> int:
-    """How many epochs to keep in memory: what fits into a quarter of it, and into 8 GiB."""
-    memory = 8 << 30
-    with suppress(AttributeError, ValueError, OSError):  # a system that does not tell
-        memory = min(memory, os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') // 4)
-    return memory // max(1, train.images.nbytes)
+    """How many epochs to keep in memory: what fits into a quarter of what is free of it, and into 8 GiB."""
+    return int(min(8 << 30, free_memory() / 4)) // max(1, train.images.nbytes)
+
+
+def free_memory() -> float:
+    """Bytes of memory that this process may still take, as far as the system tells."""
+    free = math.inf
+    with suppress(AttributeError, ValueError, OSError):
+        free = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
+    with suppress(OSError, AttributeError):
+        text = Path('/proc/meminfo').read_text()
+        free = 1024 * int(re.search(r'^MemAvailable: +(\d+) kB', text, re.M)[1])
+    with suppress(OSError, ValueError):  # of a container, where it has a limit
+        limit, used = (int(Path('/sys/fs/cgroup', f'memory.{name}').read_text()) for name in ('max', 'current'))
+        free = min(free, limit - used)
+    return max(0., free)
 
 
 def shared_memory() -> float:

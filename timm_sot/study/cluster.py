@@ -23,7 +23,7 @@ import torch
 
 from .. import __version__
 from .data import Images, StudyData
-from ..errors import UserError, missing_extra
+from ..errors import UserError, first_line, missing_extra
 from .progress import Progress
 from .runner import TIME_LIMIT, Session, Setting, left_to_others, resolve_device
 from .store import Run, Store
@@ -78,7 +78,7 @@ class Cluster:
             ray.init(address, logging_level=logging.ERROR, log_to_driver=False, **options)
         except (ConnectionError, OSError, RuntimeError, ValueError) as e:
             hint = '' if address == 'local' else '; where a cluster asks for a token, set RAY_AUTH_MODE=token'
-            raise UserError(f'Ray at {address}: {first_line(e)}{hint}.') from e
+            raise UserError(f'Ray at {address}: {type(e).__name__}: {first_line(e)}{hint}.') from e
         try:
             yield ray
         finally:
@@ -179,7 +179,7 @@ class ClusterSession:
                     f'a machine of the Ray cluster cannot import timm-sot (with its dependencies): '
                     f'{str(e).strip().splitlines()[-1]}; install timm-sot {__version__} on all machines.') from None
             self.progress.write(str(e))
-            self._fail(task, first_line(e.cause))
+            self._fail(task, f'{type(e.cause).__name__}: {first_line(e.cause)}')
         except (errors.RayError, StopIteration) as e:
             self._lose(task, e)
         else:
@@ -239,7 +239,7 @@ class ClusterSession:
         task.losses += 1
         worker = task.worker or 'a worker'
         if task.losses > RETRIES:
-            self._fail(task, f'{task.losses} workers lost in one epoch, the last with {first_line(error)}')
+            self._fail(task, f'{task.losses} workers lost in one epoch, the last with {type(error).__name__}: {first_line(error)}')
             return
         epoch = task.checkpoint['epoch'] if task.checkpoint else 0
         self.progress.leave(task.run)
@@ -378,8 +378,3 @@ def check_address(address: str) -> None:
         raise UserError(
             f'no Ray at {address} ({e}); --ray takes HOST:PORT as `ray start --head` prints it, `auto` for the one '
             f'that runs on this machine, or nothing to start one.') from e
-
-
-def first_line(error: BaseException) -> str:
-    """An error in one line."""
-    return f'{type(error).__name__}: {(str(error).strip().splitlines() or [""])[0]}'

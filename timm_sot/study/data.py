@@ -7,20 +7,22 @@ import hashlib
 import os
 import tarfile
 import tempfile
-from typing import NamedTuple, Tuple
+from typing import Callable, NamedTuple, Tuple
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from timm.data import create_dataset, create_transform
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
-from ..errors import UserError, missing_extra
+from ..errors import UserError, first_line, missing_extra
 
 __all__ = [
     'HELD_OUT', 'VALIDATION', 'Images', 'StudyData', 'fingerprint', 'load_data', 'normalizer', 'same_images', 'subset']
 
 # in the name of data that are not measured on test images but on some of train/, or on those of val/
 HELD_OUT, VALIDATION = ' (validation)', ' (val/)'
+UNREADABLE = -1  # in the place of a label
 TRAIN_SPLITS = ('train', 'training')
 TEST_SPLITS = ('val', 'valid', 'validation', 'eval', 'evaluation', 'test')
 
@@ -141,16 +143,48 @@ def load_dataset(
     except Exception as e:
         raise UserError(
             f'dataset {name!r} cannot be read from {root or "the default folder"}: '
-            f'{(str(e).strip().splitlines() or [type(e).__name__])[0]} (--dataset takes what timm does, e.g. '
+            f'{first_line(e)} (--dataset takes what timm does, e.g. '
             f'torch/cifar10, --data-dir the folder, and --dataset-download downloads it)') from e
     return StudyData(name.split('/')[-1], *images, int(images[0].labels.max()) + 1)
 
 
+class _Files(Dataset):
+    """The images of a folder, as timm's dataset would have them, which takes the next for one that it cannot read."""
+
+    def __init__(self, dataset, transform: Callable):
+        self.dataset = dataset
+        self.transform = transform
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def read(self, i: int) -> Tuple[torch.Tensor, int]:
+        file, label = self.dataset.reader[i]
+        with file:
+            return self.transform(Image.open(file).convert('RGB')), label
+
+    def __getitem__(self, i: int) -> Tuple[torch.Tensor, int]:
+        try:
+            return self.read(i)
+        except Exception:  # of which nothing but its text would come out of a worker process
+            return self.transform(Image.new('RGB', (1, 1))), UNREADABLE
+
+
 def decode(dataset, img_size: Tuple[int, int], workers: int = 0) -> Images:
     """Decode the images of a timm dataset, scaled and cropped to `img_size`."""
-    dataset.transform = create_transform((3, *img_size), normalize=False, crop_pct=1.)  # uint8 tensors
+    transform = create_transform((3, *img_size), normalize=False, crop_pct=1.)  # uint8 tensors
+    if hasattr(dataset, 'reader'):
+        dataset = _Files(dataset, transform)
+    else:
+        dataset.transform = transform
     batches = list(DataLoader(dataset, batch_size=256, num_workers=workers if len(dataset) > 2000 else 0))
     images, labels = (torch.cat(parts) for parts in zip(*batches))
+    for i in (labels == UNREADABLE).nonzero().flatten().tolist():
+        try:
+            dataset.read(i)
+        except Exception as e:
+            raise UserError(f'{dataset.dataset.filename(i, absolute=True)} cannot be read as an image ({first_line(e)}); '
+                            f'replace it, or take it away.') from e
     return Images(images.expand(-1, 3, -1, -1).contiguous(), labels)  # of gray ones three equal channels
 
 
@@ -167,6 +201,8 @@ def subset(data: StudyData, fraction: float = 1., holdout: float = 0.) -> StudyD
     order = torch.randperm(len(train.labels), generator=torch.Generator().manual_seed(0))
     if holdout:
         held, order = order.tensor_split([max(1, round(holdout * len(order)))])
+        if not len(order):
+            raise UserError(f'--holdout {holdout} leaves none of {len(held)} training images to train on; hold fewer out.')
         data = data._replace(test=train.select(held), name=data.name.removesuffix(VALIDATION) + HELD_OUT)
     kept = order[:max(1, round(fraction * len(order)))]
     return data._replace(train=train.select(kept.sort().values)) if holdout or fraction < 1 else data

@@ -32,9 +32,10 @@ HOW_TO_READ = '''
 - **n** is the number of runs, one for each seed. `±` is the standard deviation over them. 95 % intervals are those of
   Student's t for the mean, each for itself; of one run there is none ("n = 1: no interval"), and none of runs that all
   gave the same number.
-- Differences are paired: runs of one seed saw the same batches and augmentations and, in one study, began with the
-  same values in the parameters that they share. "pairs" counts the seeds that both rows have. Where one of them has
-  more, the difference is not that of the two means beside it, which are of all seeds.
+- Differences are paired: runs of one seed saw the same batches and augmentations and began, in one study, with the
+  values of its first row in the parameters that they share with it. "pairs" counts the seeds that both rows have. Where
+  one of them has more, the difference is not that of the two means beside it, which are of all seeds.
+- Intervals and p are about other seeds, with these very test images; what other images would do is not in them.
 - **p** is that of the paired t-test, two-sided, adjusted by Holm's method for the comparisons of its table alone. Like
   the intervals it takes the differences to be normally distributed, which a few pairs cannot show.
 - **Bold** is a difference above zero whose interval does not contain zero *and* whose adjusted p is below 0.05; nothing
@@ -243,7 +244,7 @@ def format_tables(
     text += ['Best epoch, chosen on the images that it is measured on.\n', format_table(table)]
     if with_published:
         text.append('The last column is what the original experiment published, the best epoch of one run of each row, '
-                    'so without a spread; in brackets the difference to its own run of the baseline.\n')
+                    'so without a spread' + '; in brackets the difference to its own run of the baseline' * compared + '.\n')
     return '\n'.join(text)
 
 

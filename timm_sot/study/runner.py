@@ -21,7 +21,7 @@ from .augment import make_epochs, room_for_epochs
 from .coupled import capturable
 from .data import Images, StudyData, fingerprint, load_data, subset
 from .engine import Recipe, Trainer, set_precision, train_epoch
-from ..errors import UserError, missing_extra
+from ..errors import UserError, first_line, missing_extra
 from .presets import Row, Study
 from .progress import Progress
 from .store import Run, Store
@@ -49,7 +49,7 @@ def resolve_device(name: str = '') -> torch.device:
         device = torch.device(name or ('cuda' if torch.cuda.is_available() else 'cpu'))
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as e:  # unknown to torch, or absent
-        raise UserError(f'device {name!r} cannot be used: {str(e).splitlines()[0]}') from e
+        raise UserError(f'device {name!r} cannot be used: {first_line(e)}') from e
     return device
 
 
@@ -67,6 +67,8 @@ def input_size(rows: Sequence[Row]) -> Tuple[int, int]:
             raise UserError(f'unknown model {name!r}; {hint}')
         size = to_2tuple(kwargs['img_size']) if 'img_size' in kwargs \
             else timm.get_pretrained_cfg(name).input_size[-2:]
+        if len(size) != 2 or not all(isinstance(side, int) and side > 0 for side in size):
+            raise UserError(f'img_size={kwargs["img_size"]} of {name} must be one number, or height and width, in pixels.')
         sizes.setdefault(tuple(size), name)
     if len(sizes) > 1:
         listed = ', '.join(f'{name} {height}x{width}' for (height, width), name in sizes.items())
@@ -95,7 +97,7 @@ def check_row(row: Row, data: StudyData) -> None:
     except Exception as e:
         raise UserError(
             f'{row[0]} with {row[1] or "its defaults"} does not take images of shape '
-            f'{tuple(data.test.images.shape[1:])}: {(str(e).strip().splitlines() or [type(e).__name__])[0]}') from e
+            f'{tuple(data.test.images.shape[1:])}: {first_line(e)}') from e
 
 
 def initial_state(row: Row, first: Row, num_classes: int, seed: int) -> Dict[str, torch.Tensor]:
@@ -170,6 +172,11 @@ def run_study(
     runs = [Run(model, kwargs, seed, recipe.epochs) for seed in seeds for model, kwargs in rows]
     done = store.finished(name)
     pending = [run for run in runs if run.name not in done]
+    devices = {done[run.name]['device'] for run in runs if run.name in done}
+    if pending and devices and device is not None and device_name(device, recipe) not in devices:
+        warnings.warn(f'{out} has runs of {" and ".join(sorted(devices))}, those to come are of '
+                      f'{device_name(device, recipe)}: the report does not compare them, and a run that is finished is not '
+                      f'run again; choose another folder to have all rows on one device.')
     failed: List[str] = []
     if pending:
         make = partial(Session, device=device) if cluster is None else cluster.session
@@ -295,9 +302,11 @@ class Session:
         records, trainers = [], []
         for run, checkpoint in zip(group, checkpoints):
             trainer = self._trainer(run)
-            trainer.reset(initial_state((run.model, run.kwargs), setting.first, setting.data.num_classes, seed))
-            if checkpoint is not None:
-                trainer.load_state(checkpoint['state'])
+            initial = initial_state((run.model, run.kwargs), setting.first, setting.data.num_classes, seed)
+            trainer.reset(initial)
+            if checkpoint is not None and not self._load(run, trainer, checkpoint):
+                trainer.reset(initial)
+                checkpoint = None
             trainers.append(trainer)
             records.append({'epoch': 0, 'top1': [], 'loss': [], 'seconds': 0., 'about': []})
             records[-1].update((key, checkpoint[key]) for key in records[-1] if checkpoint and key in checkpoint)
@@ -331,6 +340,17 @@ class Session:
                 self.duration = time.monotonic() - begin
                 if epoch + 1 < setting.recipe.epochs and self._is_late():
                     return False
+        return True
+
+    @staticmethod
+    def _load(run: Run, trainer: Trainer, checkpoint: Dict[str, Any]) -> bool:
+        """Take a run up where its checkpoint was made, if that is of such a model."""
+        try:
+            trainer.load_state(checkpoint['state'])
+        except (KeyError, TypeError, RuntimeError) as e:
+            warnings.warn(f'the checkpoint of {run.row} seed {run.seed} does not fit the model, its run begins anew: '
+                          f'{type(e).__name__}: {first_line(e)}')
+            return False
         return True
 
     def _trainer(self, run: Run) -> Trainer:
@@ -372,10 +392,12 @@ def joined(about: Sequence[Dict[str, Any]]) -> Dict[str, Any]:
 
 
 def format_table(results: Sequence[Dict[str, Any]]) -> str:
-    """The results as a table, a line for each row, with what they were got on under it."""
+    """The results as a table, a line for each row and device, with what they were got on under it."""
+    devices = sorted({result['device'] for result in results})
     rows: Dict[str, List[Dict[str, Any]]] = {}
     for result in results:
-        rows.setdefault(Run(*(result[key] for key in Run._fields)).row, []).append(result)
+        where = f' on {result["device"]}' if len(devices) > 1 else ''
+        rows.setdefault(Run.of(result).row + where, []).append(result)
 
     def cell(values: List[float], digits: int) -> str:
         text = f'{statistics.fmean(values):.{digits}f}'
@@ -394,7 +416,7 @@ def format_table(results: Sequence[Dict[str, Any]]) -> str:
     lines.append(
         f'n runs a row, top-1 of the last and of the best epoch ± standard deviation, {one["epochs"]} epochs, '
         f'seed {", ".join(map(str, seeds))}')
-    lines.append(f'data {one["data"]}; device {", ".join(sorted({result["device"] for result in results}))}')
+    lines.append(f'data {one["data"]}; device {", ".join(devices)}')
     return '\n'.join(lines)
 
 

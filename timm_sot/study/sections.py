@@ -10,7 +10,7 @@ from ..errors import UserError
 from .data import HELD_OUT, VALIDATION, same_images
 from .original import is_original
 from .statistics import Result
-from .store import NOT_RECIPE, Run, read_lines
+from .store import NOT_RECIPE, Run, read_lines, read_settings
 
 __all__ = ['Section', 'Sweep', 'count', 'find_sweeps', 'read_sources', 'results_path', 'split']
 
@@ -67,16 +67,13 @@ def read_sources(sources: Sequence[str]) -> Tuple[List[Result], List[str], str]:
             raise UserError(f'{path} holds no finished run.')
         settings_path = os.path.join(os.path.dirname(path), 'study.json')
         try:
-            with open(settings_path) as f:
-                settings = json.load(f)
+            settings = read_settings(settings_path)
             recipe = {key: value for key, value in settings.items() if key not in NOT_RECIPE}
             recipe = json.dumps(recipe, sort_keys=True)
             firsts.append(Run(*settings['first'], 0, 0).row)
         except FileNotFoundError:
             recipe = ''
             notes.append(f'{settings_path} is not there: the recipe of these runs is not known.')
-        except (ValueError, KeyError, TypeError) as e:
-            raise UserError(f'{settings_path} cannot be read ({e}).') from e
         repeated = 0
         for result in map(json.loads, good):
             result['data'] = next((name for name in names if same_images(name, result['data'])), result['data'])
@@ -97,7 +94,7 @@ def read_sources(sources: Sequence[str]) -> Tuple[List[Result], List[str], str]:
 
 
 def row_of(result: Result) -> str:
-    return Run(*(result[key] for key in Run._fields)).row
+    return Run.of(result).row
 
 
 def place(result: Result) -> Tuple:

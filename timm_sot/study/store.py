@@ -21,7 +21,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from ..errors import UserError
+from ..errors import UserError, first_line
 from .data import same_images
 
 try:
@@ -29,10 +29,12 @@ try:
 except ImportError:  # not there on Windows: one process to a folder
     fcntl = None
 
-__all__ = ['KEYS', 'NOT_RECIPE', 'Run', 'Store', 'read_lines']
+__all__ = ['KEYS', 'NOT_RECIPE', 'Run', 'Store', 'read_lines', 'read_settings']
 
-KEYS = ('model', 'kwargs', 'seed', 'epochs', 'best', 'final', 'top1', 'loss', 'seconds', 'device', 'versions', 'commit',
-        'data')
+KINDS = {
+    'model': str, 'kwargs': dict, 'seed': int, 'epochs': int, 'best': (int, float), 'final': (int, float), 'top1': list,
+    'loss': list, 'seconds': (int, float), 'device': str, 'versions': dict, 'commit': str, 'data': str}
+KEYS = tuple(KINDS)  # of the line of a run
 
 NOT_RECIPE = ('data', 'fraction', 'holdout', 'first')  # what study.json holds beside the recipe
 
@@ -43,6 +45,11 @@ class Run(NamedTuple):
     kwargs: Dict[str, Any]
     seed: int
     epochs: int
+
+    @classmethod
+    def of(cls, result: Dict[str, Any]) -> 'Run':
+        """The run that a result is of."""
+        return cls(*(result[key] for key in cls._fields))
 
     @property
     def row(self) -> str:
@@ -81,15 +88,14 @@ class Store:
         path = self._path('study.json')
         with self._lock('results.lock'):
             try:
-                with open(path) as f:
-                    old = json.load(f)
-                old['first']
+                old = read_settings(path)
             except FileNotFoundError:
+                if self._holds_runs():
+                    raise UserError(
+                        f'{self.folder} holds runs, but study.json, which says how they were trained, is gone; put it '
+                        f'back, or choose another folder.') from None
                 write_file(path, json.dumps(settings, indent=2) + '\n')
                 return settings
-            except (ValueError, KeyError, TypeError) as e:
-                raise UserError(
-                    f'{path} is not what a study wrote ({type(e).__name__}: {e}); choose another folder.') from e
         differ = [
             key for key in settings if key != 'first' and settings[key] != old.get(key)
             and not (key == 'data' and same_images(settings[key], old.get(key, '')))]
@@ -97,6 +103,12 @@ class Store:
             listed = ', '.join(f'{key} {old.get(key)} there, {settings[key]} here' for key in differ)
             raise UserError(f'{self.folder} holds a study with other settings ({listed}); choose another folder.')
         return old
+
+    def _holds_runs(self) -> bool:
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.getsize(self._path('results.jsonl')):
+                return True
+        return any(name.endswith('.pt') for name in os.listdir(self._path('checkpoints')))
 
     def finished(self, data: str) -> Dict[str, Dict[str, Any]]:
         """Results of the runs on the images of that fingerprint, by the names of the runs, of each the first.
@@ -151,10 +163,11 @@ class Store:
             return None
         try:
             checkpoint = torch.load(path, map_location='cpu', weights_only=True)
+            mine = same_images(checkpoint['data'], data)
         except Exception as e:
             warnings.warn(f'{path} cannot be read, its run begins anew: {type(e).__name__}: {e}')
             return None
-        return checkpoint if same_images(checkpoint['data'], data) else None
+        return checkpoint if mine else None
 
     def finish(self, run: Run, result: Dict[str, Any], weights: Dict[str, torch.Tensor]) -> None:
         """Keep weights and result of a finished run."""
@@ -221,13 +234,13 @@ class Store:
             yield
         except (OSError, RuntimeError, SafetensorError) as e:  # the last two are what torch and safetensors raise
             raise UserError(
-                f'cannot write to {self.folder} ({str(e).splitlines()[0]}); choose another folder, or make room in it: '
+                f'cannot write to {self.folder} ({first_line(e)}); choose another folder, or make room in it: '
                 f'the same command then continues.') from e
 
 
 def by_name(results: Sequence[Dict[str, Any]]) -> Dict[str, Dict[str, Any]]:
     """Results by the names of their runs, of each run the first."""
-    return {Run(*(result[key] for key in Run._fields)).name: result for result in reversed(results)}
+    return {Run.of(result).name: result for result in reversed(results)}
 
 
 def read_lines(path: str) -> Tuple[List[bytes], List[bytes]]:
@@ -244,8 +257,31 @@ def read_lines(path: str) -> Tuple[List[bytes], List[bytes]]:
 
 
 def is_complete(result: Any) -> bool:
-    """Whether it has what the line of a finished run has; raises TypeError where its values are not of their kinds."""
-    return all(key in result for key in KEYS) and len(result['top1']) == len(result['loss']) == result['epochs']
+    """Whether it is what the line of a finished run holds; raises TypeError where it is nothing of the kind."""
+    return (
+        all(key in result and isinstance(result[key], kind) for key, kind in KINDS.items())
+        and len(result['top1']) == len(result['loss']) == result['epochs'] >= 1
+        and all(isinstance(value, (int, float)) for value in (*result['top1'], *result['loss'])))
+
+
+def read_settings(path: str) -> Dict[str, Any]:
+    """What is in a study.json.
+
+    Raises:
+        FileNotFoundError: If there is none.
+        UserError: If it holds something else.
+    """
+    with open(path) as f:
+        try:
+            settings = json.load(f)
+            model, kwargs = settings['first']
+            if not (isinstance(model, str) and isinstance(kwargs, dict) and isinstance(settings.get('data', ''), str)):
+                raise ValueError(f'first {settings["first"]}, data {settings.get("data")}')
+        except (ValueError, KeyError, TypeError) as e:
+            raise UserError(
+                f'{path} is not what a study wrote ({type(e).__name__}: {e}); put back what it was, or choose another '
+                f'folder.') from e
+    return settings
 
 
 def write_file(path: str, content) -> None:

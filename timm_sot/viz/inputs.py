@@ -10,7 +10,7 @@ from timm.data import create_transform, get_img_extensions, resolve_model_data_c
 from timm.layers import to_2tuple
 from torch import nn
 
-from ..errors import UserError
+from ..errors import UserError, first_line
 
 __all__ = ['digits', 'find_images', 'load_image', 'load_models', 'model_input', 'shown_pixels', 'token_grid']
 
@@ -82,14 +82,6 @@ def load_model(name: str, checkpoint: str, untrained: bool, model_kwargs: Dict[s
             hint = ' (--checkpoint or --untrained do without them)'
         raise UserError(f'cannot create {name} with {what}{also}: {type(e).__name__}: {first_line(e)}{hint}') from e
     return model.eval(), trained
-
-
-def first_line(error: Exception) -> str:
-    """What an exception says, in one line: what follows the first is a list for whoever debugs it."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    if len(lines) > 1 and lines[0].endswith(':'):
-        return f'{lines[0]} {lines[1]}'
-    return lines[0] if lines else type(error).__name__
 
 
 def load_image(path: str) -> Image.Image:
