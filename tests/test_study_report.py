@@ -324,7 +324,10 @@ def test_unwritable(tmp_path):
         report.write_report([str(tmp_path)], str(tmp_path / 'file'))
 
 
-@pytest.mark.parametrize('folder', ['hub/study', 'hub/study/candidates', 'hub/study/screening'])
+@pytest.mark.parametrize('folder', [
+    'hub/study', 'hub/study/candidates', 'hub/study/confirmation', 'hub/study/gray', 'hub/study/lossless',
+    'hub/study/screening',
+])
 def test_report_of_the_project_is_that_of_its_lines(folder, tmp_path, monkeypatch):
     root = Path(__file__).parents[1]
     shutil.copytree(root / folder, tmp_path / folder, ignore=shutil.ignore_patterns('*.png', '*.md'))
