@@ -543,9 +543,9 @@ def test_img_size(size, pos_embed):
     with torch.no_grad():
         assert model(images(*size)).shape == (2, 10)
         height, width = size
-        with pytest.raises(AssertionError, match=rf"Input height \({height + 4}\) doesn't match model \({height}\)\."):
+        with pytest.raises(AssertionError, match=rf"Input height \({height + 4}\) doesn't match model \({height}\); create it with another img_size"):
             model(images(height + 4, width))
-        with pytest.raises(AssertionError, match=rf"Input width \({width + 4}\) doesn't match model \({width}\)\."):
+        with pytest.raises(AssertionError, match=rf"Input width \({width + 4}\) doesn't match model \({width}\); create it with another img_size"):
             model(images(height, width + 4))
 
 
