@@ -543,9 +543,10 @@ def test_img_size(size, pos_embed):
     with torch.no_grad():
         assert model(images(*size)).shape == (2, 10)
         height, width = size
-        with pytest.raises(AssertionError, match=rf"Input height \({height + 4}\) doesn't match model \({height}\); create it with another img_size"):
+        advice = 'create it with another img_size, or with dynamic_img_size=True'
+        with pytest.raises(AssertionError, match=rf"height \({height + 4}\) doesn't match model \({height}\); {advice}"):
             model(images(height + 4, width))
-        with pytest.raises(AssertionError, match=rf"Input width \({width + 4}\) doesn't match model \({width}\); create it with another img_size"):
+        with pytest.raises(AssertionError, match=rf"width \({width + 4}\) doesn't match model \({width}\); {advice}"):
             model(images(height, width + 4))
 
 
