@@ -281,9 +281,9 @@ class SOTAttention(Attention):
         'sot_qkt'           softmax(S d^-1/2), S = SOT(Q, K^T), for as many tokens as the head is wide
         'sot_q_nosoftmax'   S d^-1/2, S = SOT(Q)
         'sot_qk_nosoftmax'  S d^-1/2, S = SOT(Q, K)
-        'sot_shares'        the Sinkhorn plan of the kernel exp(cos(q_i, k_j) / reg_h) with rows of mass 1 and columns of
-                            mass N softmax_j(w_h.k_j), the shares of the N tokens in the attention; reg_h and w_h are
-                            learned for each head h
+        'sot_shares'        the Sinkhorn plan of the kernel exp(cos(q_i, k_j) / reg_h) with rows of mass 1 and columns
+                            of mass N softmax_j(w_h.k_j), the shares of the N tokens in the attention; reg_h and w_h
+                            are learned for each head h
        The entries of S are in [0, 1] and its diagonal is 1; its rows do not sum to 1, so neither do those of the
        variants without softmax. 'sot_shares' is a plan, but not S: tokens are matched with themselves, too. It ends
        with the rows, which sum to 1 exactly, where its columns come near to their masses. With 0 iterations it is

@@ -504,12 +504,12 @@ class CCT(nn.Module):
             H, W = x.shape[-2:]
             _assert(
                 H == self.img_size[0],
-                f"Input height ({H}) doesn't match model ({self.img_size[0]}); create it with another img_size, or with "
-                f"dynamic_img_size=True.")
+                f"Input height ({H}) doesn't match model ({self.img_size[0]}); create it with another img_size, or "
+                f"with dynamic_img_size=True.")
             _assert(
                 W == self.img_size[1],
-                f"Input width ({W}) doesn't match model ({self.img_size[1]}); create it with another img_size, or with "
-                f"dynamic_img_size=True.")
+                f"Input width ({W}) doesn't match model ({self.img_size[1]}); create it with another img_size, or "
+                f"with dynamic_img_size=True.")
 
     def _pos_embed(self, x: torch.Tensor) -> torch.Tensor:
         """Flatten the token grid and add the position embedding, (B, D, H, W) -> (B, H * W, D)."""

@@ -192,8 +192,8 @@ def read_study(path: str, weights: Dict[str, torch.Tensor]) -> Checkpoint:
     command = ' '.join(map(shlex.quote, words)) + ('' if name == 'digits' else ' --data-dir DIR') + ' --out run'
     limits = [f'One run of {result["epochs"]} epochs with one seed, its last epoch; another seed gives another number.']
     if same_images(result['data'], JPEG):
-        limits.append('The images of CIFAR-10 were JPEG files of quality 75 (4:2:0), which costs accuracy: compare it only '
-                      'with what was trained and measured on the same files.')
+        limits.append('The images of CIFAR-10 were JPEG files of quality 75 (4:2:0), which costs accuracy: compare it '
+                      'only with what was trained and measured on the same files.')
     return Checkpoint(
         model, kwargs, weights, name, [(key, plain(value)) for key, value in facts], command, limits)
 

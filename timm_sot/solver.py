@@ -40,9 +40,9 @@ def sinkhorn(
         u = log r - logsumexp_j(L + v),    v = log c - logsumexp_i(L + u)
 
     and the plan is log P = L + u + v. The column sums of P are exact, the row sums converge to r. It is Cuturi's
-    'Sinkhorn Distances' (https://arxiv.org/abs/1306.0895) in the log domain. The gradient is that of the iterations that
-    ran, not of their limit. The backward pass keeps the log-kernel alone, however many they were; with `tol`, and for a
-    second derivative, every step.
+    'Sinkhorn Distances' (https://arxiv.org/abs/1306.0895) in the log domain. The gradient is that of the iterations
+    that ran, not of their limit. The backward pass keeps the log-kernel alone, however many they were; with `tol`, and
+    for a second derivative, every step.
 
     Args:
         log_kernel: Log-kernel of shape (..., N, M), -cost / reg in transport. Entries may be -inf (no mass there, zero

@@ -64,8 +64,8 @@ def self_optimal_transport(
             sum_i reg * |u_i - previous u_i| is below it, as the original runs did with 0.1; it couples the problems of
             a batch and synchronizes a GPU, see :func:`sinkhorn`.
         row_mass: Mass of each row of the plan, None for 1 / N.
-        mask_diagonal: Forbid matching a point with itself, and x_i with y_i: the diagonal cost is +inf, and the result's
-            diagonal is 1.
+        mask_diagonal: Forbid matching a point with itself, and x_i with y_i: the diagonal cost is +inf, and the
+            result's diagonal is 1.
         sigmoid: Return sigmoid(log P) = P / (1 + P) in place of P.
         max_scale: Divide each matrix by its maximum; the gradient flows through the maximum.
 

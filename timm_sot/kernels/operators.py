@@ -1,8 +1,8 @@
 """ Registering operators with torch
 
-What torch.library.custom_op does, on the level below. That checks in every call what `torch.library.opcheck` checks once,
-in the tests, and reads the schema anew: calls, with their backward passes, then take twice as long until a kernel
-begins, and on a GPU, whose kernels are short, everything waits for that.
+What torch.library.custom_op does, on the level below. That checks in every call what `torch.library.opcheck` checks
+once, in the tests, and reads the schema anew: a call with its backward pass then takes half as long again until its
+kernels begin, and on a GPU, where kernels are short, everything waits for that.
 """
 from types import SimpleNamespace
 from typing import Callable, Dict, Optional

@@ -629,7 +629,8 @@ def _prepare(q: torch.Tensor, k: torch.Tensor, operand: str, reg: float, distanc
     if q.dtype == torch.float32 and distance == 'euclidean':
         # distances are differences of squared norms, which cancel far from the origin
         mean = y.mean(dim=-2, keepdim=True)
-        x, y = unit_stride(x - mean), y - mean  # of operands that overlap in memory torch may order the result otherwise
+        # where operands overlap in memory, torch may order the result otherwise
+        x, y = unit_stride(x - mean), y - mean
         if operand == 'q':
             y = x
         elif operand == 'qk':

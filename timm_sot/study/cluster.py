@@ -239,7 +239,8 @@ class ClusterSession:
         task.losses += 1
         worker = task.worker or 'a worker'
         if task.losses > RETRIES:
-            self._fail(task, f'{task.losses} workers lost in one epoch, the last with {type(error).__name__}: {first_line(error)}')
+            self._fail(task, f'{task.losses} workers lost in one epoch, the last with {type(error).__name__}: '
+                             f'{first_line(error)}')
             return
         epoch = task.checkpoint['epoch'] if task.checkpoint else 0
         self.progress.leave(task.run)

@@ -183,8 +183,9 @@ def decode(dataset, img_size: Tuple[int, int], workers: int = 0) -> Images:
         try:
             dataset.read(i)
         except Exception as e:
-            raise UserError(f'{dataset.dataset.filename(i, absolute=True)} cannot be read as an image ({first_line(e)}); '
-                            f'replace it, or take it away.') from e
+            file = dataset.dataset.filename(i, absolute=True)
+            raise UserError(
+                f'{file} cannot be read as an image ({first_line(e)}); replace it, or take it away.') from e
     return Images(images.expand(-1, 3, -1, -1).contiguous(), labels)  # of gray ones three equal channels
 
 
@@ -202,7 +203,8 @@ def subset(data: StudyData, fraction: float = 1., holdout: float = 0.) -> StudyD
     if holdout:
         held, order = order.tensor_split([max(1, round(holdout * len(order)))])
         if not len(order):
-            raise UserError(f'--holdout {holdout} leaves none of {len(held)} training images to train on; hold fewer out.')
+            raise UserError(
+                f'--holdout {holdout} leaves none of {len(held)} training images to train on; hold fewer out.')
         data = data._replace(test=train.select(held), name=data.name.removesuffix(VALIDATION) + HELD_OUT)
     kept = order[:max(1, round(fraction * len(order)))]
     return data._replace(train=train.select(kept.sort().values)) if holdout or fraction < 1 else data

@@ -243,8 +243,9 @@ def format_tables(
         table.append(cells(comparison, False) + [format_published(comparison.row, baseline)] * with_published)
     text += ['Best epoch, chosen on the images that it is measured on.\n', format_table(table)]
     if with_published:
+        brackets = '; in brackets the difference to its own run of the baseline' if compared else ''
         text.append('The last column is what the original experiment published, the best epoch of one run of each row, '
-                    'so without a spread' + '; in brackets the difference to its own run of the baseline' * compared + '.\n')
+                    f'so without a spread{brackets}.\n')
     return '\n'.join(text)
 
 

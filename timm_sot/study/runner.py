@@ -68,7 +68,8 @@ def input_size(rows: Sequence[Row]) -> Tuple[int, int]:
         size = to_2tuple(kwargs['img_size']) if 'img_size' in kwargs \
             else timm.get_pretrained_cfg(name).input_size[-2:]
         if len(size) != 2 or not all(isinstance(side, int) and side > 0 for side in size):
-            raise UserError(f'img_size={kwargs["img_size"]} of {name} must be one number, or height and width, in pixels.')
+            raise UserError(
+                f'img_size={kwargs["img_size"]} of {name} must be one number, or height and width, in pixels.')
         sizes.setdefault(tuple(size), name)
     if len(sizes) > 1:
         listed = ', '.join(f'{name} {height}x{width}' for (height, width), name in sizes.items())
@@ -175,8 +176,8 @@ def run_study(
     devices = {done[run.name]['device'] for run in runs if run.name in done}
     if pending and devices and device is not None and device_name(device, recipe) not in devices:
         warnings.warn(f'{out} has runs of {" and ".join(sorted(devices))}, those to come are of '
-                      f'{device_name(device, recipe)}: the report does not compare them, and a run that is finished is not '
-                      f'run again; choose another folder to have all rows on one device.')
+                      f'{device_name(device, recipe)}: the report does not compare them, and a run that is finished is '
+                      f'not run again; choose another folder to have all rows on one device.')
     failed: List[str] = []
     if pending:
         make = partial(Session, device=device) if cluster is None else cluster.session

@@ -164,8 +164,9 @@ def buffers_kept(model: nn.Module) -> Iterator[None]:
 def row_entropy(weights: torch.Tensor) -> torch.Tensor:
     """Entropy of each row relative to that of uniform weights, (..., N) -> (...): 0 for one key, 1 for all N alike.
 
-    Of a single token it is NaN. Rows that do not sum to 1, those of the variants without softmax, are divided by their sum first. In float64, since
-    for weights that differ from uniform ones by a small part it differs from 1 by about the square of that.
+    Rows that do not sum to 1, those of the variants without softmax, are divided by their sum first. Of a single token
+    it is NaN. In float64, since for weights that differ from uniform ones by a small part it differs from 1 by about
+    the square of that.
     """
     weights = rows_of_sum_one(weights)
     return torch.special.entr(weights).sum(dim=-1) / math.log(weights.shape[-1])
