@@ -108,9 +108,21 @@ def test_archive(digits_dir, tmp_path):
         data = load_data(str(tmp_path / name), (8, 8))
         assert data.name == 'digits'
         assert fingerprint(data._replace(name=expected.name)) == fingerprint(expected)
-    (tmp_path / 'broken.tar').write_bytes(b'nothing')
-    with pytest.raises(UserError, match='neither a folder nor a readable tar archive'):
-        load_data(str(tmp_path / 'broken.tar'), (8, 8))
+
+
+@pytest.mark.parametrize('compression', ('', 'gz', 'bz2', 'xz'))
+def test_damaged_archive(digits_dir, tmp_path, compression):
+    path = tmp_path / 'digits.tar'
+    with tarfile.open(path, f'w:{compression}') as archive:
+        archive.add(digits_dir, '.')
+    whole = path.read_bytes()
+    middle = len(whole) // 2
+    for damaged in (
+            b'nothing', whole[:middle], whole[:middle] + bytes(b ^ 90 for b in whole[middle:middle + 2000])
+            + whole[middle + 2000:]):
+        path.write_bytes(damaged)
+        with pytest.raises(UserError, match='digits.tar cannot be unpacked: .*. --data-dir takes'):
+            load_data(str(path), (8, 8))
 
 
 def test_subset():

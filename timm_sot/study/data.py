@@ -4,9 +4,11 @@ All images are decoded once and kept in memory as uint8. It is made for sets the
 timm's own train.py.
 """
 import hashlib
+import lzma
 import os
 import tarfile
 import tempfile
+import zlib
 from typing import Callable, NamedTuple, Tuple
 
 import torch
@@ -93,8 +95,12 @@ def load_archive(path: str, img_size: Tuple[int, int], workers: int = 0) -> Stud
         try:
             with tarfile.open(path) as archive:
                 archive.extractall(folder, **({'filter': 'data'} if hasattr(tarfile, 'data_filter') else {}))
-        except (tarfile.TarError, EOFError) as e:
-            raise UserError(f'{path} is neither a folder nor a readable tar archive: {e}') from e
+                archive.fileobj.seek(archive.offset)
+                if any(archive.fileobj.read(tarfile.BLOCKSIZE)):  # tarfile takes a damaged header for the end
+                    raise tarfile.ReadError(f'damaged after {len(archive.getmembers())} files')
+        except (tarfile.TarError, OSError, EOFError, lzma.LZMAError, zlib.error) as e:
+            raise UserError(f'{path} cannot be unpacked: {first_line(e)}. --data-dir takes a folder, or a tar archive of '
+                            f'one: if it is one, make or download it again.') from e
         entries = os.listdir(folder)
         inner = os.path.join(folder, entries[0]) if len(entries) == 1 else folder
         data = load_folder(inner if os.path.isdir(inner) else folder, img_size, workers)
