@@ -16,7 +16,7 @@ def make_line(model, kwargs, seed, final, **changes):
         'model': model, 'kwargs': kwargs, 'seed': seed, 'epochs': 30, 'best': final + 0.5, 'final': final,
         'top1': [30.] * 28 + [final + 0.5, final], 'loss': [1.] * 30, 'seconds': 20. + seed, 'device': 'GPU, float32',
         'versions': {'torch': '2.11'}, 'commit': 'abc', 'data': CIFAR, **changes}
-    assert changes.keys() <= {*KEYS, 'entropy', 'common', 'looked_at'}
+    assert changes.keys() <= {*KEYS, 'entropy', 'common', 'looked_at', 'processor'}
     return line
 
 

@@ -34,9 +34,15 @@ def test_sweep_preset():
                     0.825, 0.85, 0.875, 0.9, 0.925, 0.95, 0.975, 1.]
 
 
-def test_shares_preset_has_the_control():
+def test_shares_preset_has_the_controls():
     rows, seeds, settings = PRESETS['shares']
     assert settings == PRESETS['seed'].recipe and len(seeds) == 5
-    softmax, shares, control = rows
+    softmax, context, shares, control = rows
     assert softmax == PRESETS['seed'].rows[0] and shares == ('cct_2_sot_shares', {})
     assert control == control_of(*shares)
+    parameters = [
+        {name for name, _ in timm.create_model(model, **kwargs).named_parameters()} for model, kwargs in rows]
+    of_context = {f'blocks.{i}.context.weight' for i in range(2)}
+    of_shares = {f'blocks.{i}.attn.{name}' for i in range(2) for name in ('log_reg', 'share')}
+    assert parameters[1] == parameters[0] | of_context
+    assert parameters[2] == parameters[1] | of_shares

@@ -119,6 +119,18 @@ def test_tables_have_equal_columns(tmp_path):
     assert r'`pipe a=x\|y`' in written(tmp_path)
 
 
+def test_processors_are_named(tmp_path):
+    """Where runs were on several, or it is not known of some."""
+    def device(lines):
+        return re.search('^- Device: (.*)$', written(write(tmp_path, lines)), re.M)[1]
+
+    a, b, *rest = BASELINE
+    assert device(BASELINE) == 'GPU, float32'
+    assert device([{**line, 'processor': 'P'} for line in BASELINE]) == 'GPU, float32; P'
+    assert device([{**a, 'processor': 'P'}, {**b, 'processor': 'Q'}, *rest]) == (
+        'GPU, float32; P and Q and processor not recorded')
+
+
 @pytest.mark.parametrize('changes', [
     dict(data=VALIDATION), dict(device='CPU, float32'), dict(epochs=2, top1=[1., 2.], loss=[1., 1.])])
 def test_sections_are_not_mixed(tmp_path, changes):

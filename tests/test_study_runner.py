@@ -14,7 +14,7 @@ import timm
 import torch
 from study_process import kill_after_an_epoch, start
 
-from timm_sot.study import runner
+from timm_sot.study import machine, runner
 from timm_sot.errors import UserError
 from timm_sot.study.data import Images, StudyData
 from timm_sot.study.engine import Recipe
@@ -41,7 +41,7 @@ def test_a_run_whose_attention_does_not_fit_is_kept(folder, tmp_path, monkeypatc
     monkeypatch.setattr(runner.Trainer, 'attention_statistics', too_much)
     with pytest.warns(UserWarning, match='cct_2 seed 5: its attention is not looked at: 64 TiB'):
         result, = run(folder, tmp_path, rows=ROWS[:1])
-    assert tuple(result) == KEYS
+    assert set(result) == {*KEYS, 'processor'}
 
 
 def test_models_share_their_initial_values():
@@ -95,7 +95,7 @@ def test_results(folder, capsys):
     results = run(folder)
     assert [(result['model'], result['kwargs']) for result in results] == ROWS
     for result in results:
-        assert tuple(result) == (*KEYS, 'entropy', 'common') and json.loads(json.dumps(result)) == result
+        assert set(result) == {*KEYS, 'processor', 'entropy', 'common'} and json.loads(json.dumps(result)) == result
         assert result['seed'] == 5 and result['epochs'] == len(result['top1']) == len(result['loss']) == 2
         assert result['final'] == result['top1'][-1] and result['best'] == max(result['top1'])
         assert result['versions']['torch'] == torch.__version__ and result['data'].startswith('tiny 24+8 sha256:')
@@ -202,7 +202,8 @@ def test_checkpoint_of_another_model(folder, tmp_path):
 
 def test_another_device_is_not_mixed_in_without_a_word(folder, tmp_path, monkeypatch):
     run(folder, tmp_path, rows=ROWS[:1])
-    monkeypatch.setattr(runner, 'device_name', lambda device, recipe: 'B')
+    monkeypatch.setattr(runner, 'device_name', lambda device, precision: 'B')
+    monkeypatch.setattr(machine, 'device_name', lambda device, precision: 'B')
     with pytest.warns(UserWarning, match='those to come are of B: the report does not compare them'):
         results = run(folder, tmp_path)
     lines = runner.format_table(results).splitlines()
@@ -220,10 +221,10 @@ def test_continues_where_runs_are_apart(folder, tmp_path):
 
 def test_continues_elsewhere(folder, tmp_path, monkeypatch):
     """The result names every device, commit and version that had a part in it."""
-    monkeypatch.setattr(runner, 'device_name', lambda device, recipe: 'A')
+    monkeypatch.setattr(machine, 'device_name', lambda device, precision: 'A')
     run(folder, tmp_path, rows=ROWS[:1], time_limit=0.)
-    monkeypatch.setattr(runner, 'device_name', lambda device, recipe: 'B')
-    monkeypatch.setattr(runner, 'versions', lambda: {'torch': '9', 'timm': timm.__version__})
+    monkeypatch.setattr(machine, 'device_name', lambda device, precision: 'B')
+    monkeypatch.setattr(machine, 'versions', lambda: {'torch': '9', 'timm': timm.__version__})
     result, = run(folder, tmp_path, rows=ROWS[:1])
     assert result['device'] == 'A then B'
     assert result['versions'] == {'torch': f'{torch.__version__} then 9', 'timm': timm.__version__}

@@ -183,7 +183,7 @@ def read_study(path: str, weights: Dict[str, torch.Tensor]) -> Checkpoint:
         ('Data', result['data']),
         ('Top-1 during training', f'{result["final"]:.2f} after the last epoch, {result["best"]:.2f} after the best'),
         *spread,
-        ('Device', result['device']),
+        ('Device', '; '.join(result[key] for key in ('device', 'processor') if key in result)),
         ('Training time', f'{result["seconds"]:.0f} s'),
         ('Versions', ', '.join(f'{key} {value}' for key, value in result['versions'].items())),
         ('Commit of timm-sot', result['commit'] or 'not recorded'),

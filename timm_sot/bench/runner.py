@@ -1,7 +1,6 @@
 """ A run of the bench: everything that is timed and weighed on a device """
 import importlib.metadata
 import os
-import platform
 import time
 from datetime import datetime, timezone
 from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
@@ -11,7 +10,7 @@ import torch
 
 from ..attention import VARIANTS
 from ..errors import UserError, missing_extra
-from ..study.runner import commit, versions
+from ..study.machine import commit, processor_name, versions
 from .contenders import FORWARD, TRAIN, Group, core_group, dtype_name, points_group, sinkhorn_group, step_group
 from .memory import memory_rows
 from .report import bar_rows
@@ -129,7 +128,7 @@ def about(device: torch.device) -> Dict[str, Any]:
         except importlib.metadata.PackageNotFoundError:
             packages[name] = None
     return {
-        'device': torch.cuda.get_device_name(device) if device.type == 'cuda' else cpu_name(),
+        'device': torch.cuda.get_device_name(device) if device.type == 'cuda' else processor_name(),
         'device_type': device.type,
         'threads': torch.get_num_threads(),
         'cores': os.cpu_count(),
@@ -139,12 +138,3 @@ def about(device: torch.device) -> Dict[str, Any]:
         'commit': commit(),
         'date': datetime.now(timezone.utc).isoformat(timespec='seconds'),
     }
-
-
-def cpu_name() -> str:
-    """The processor as its maker calls it, where the system tells."""
-    try:
-        with open('/proc/cpuinfo') as f:
-            return next(line.split(':', 1)[1].strip() for line in f if line.startswith('model name'))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()

@@ -41,5 +41,7 @@ PRESETS: Dict[str, Preset] = {
     'sweep': Preset(
         [('cct_2', {}), *(('cct_2_sot_qk', dict(sot_reg=i / 40, sot_tol=0.1)) for i in range(1, 41))], (0,), ORIGINAL),
     'shares': Preset(
-        [('cct_2', {}), ('cct_2_sot_shares', {}), ('cct_2_sot_shares', dict(sot_iters=0))], range(5), ORIGINAL),
+        # what the model has beside its attention, alone; the model; and the scores of its attention through softmax
+        [('cct_2', {}), ('cct_2', dict(context=True)), ('cct_2_sot_shares', {}),
+         ('cct_2_sot_shares', dict(sot_iters=0))], range(5), ORIGINAL),
 }

@@ -193,12 +193,16 @@ def format_header(section: Section, baseline: str) -> str:
     for result in results:
         for package, version in result['versions'].items():
             versions.setdefault(package, []).append(version)
+    processors = ''
+    if any('processor' in result for result in results):
+        processors = '; ' + ' and '.join(
+            unique(result.get('processor', 'processor not recorded') for result in results))
     commits = ' and '.join(unique(result['commit'] or 'not recorded' for result in results))
     seeds = ', '.join(map(str, sorted({result['seed'] for result in results})))
     lines = [
         f'Measured: top-1 in percent on the {images} of `{section.data}`',
         f'Training: {count(section.epochs, "epoch")}, {recipe}',
-        f'Device: {section.device}',
+        f'Device: {section.device}{processors}',
         f'Runs: {len(results)}, of {count(len(section.rows), "row")}, seeds {seeds}; on average '
         f'{fmean(result["seconds"] for result in results):.0f} s of training and testing, of which runs that trained '
         f'at once have equal shares',

@@ -2,9 +2,7 @@
 import contextlib
 import difflib
 import os
-import platform
 import statistics
-import subprocess
 import time
 import warnings
 from dataclasses import asdict, dataclass
@@ -16,12 +14,12 @@ import torch
 from timm.layers import to_2tuple
 from torch import nn
 
-from .. import __version__
 from .augment import make_epochs, room_for_epochs
 from .coupled import capturable
 from .data import Images, StudyData, fingerprint, load_data, subset
 from .engine import Recipe, Trainer, set_precision, train_epoch
 from ..errors import UserError, first_line, missing_extra
+from .machine import about, device_name, joined
 from .presets import Row, Study
 from .progress import Progress
 from .store import Run, Store
@@ -174,9 +172,9 @@ def run_study(
     done = store.finished(name)
     pending = [run for run in runs if run.name not in done]
     devices = {done[run.name]['device'] for run in runs if run.name in done}
-    if pending and devices and device is not None and device_name(device, recipe) not in devices:
+    if pending and devices and device is not None and device_name(device, recipe.precision) not in devices:
         warnings.warn(f'{out} has runs of {" and ".join(sorted(devices))}, those to come are of '
-                      f'{device_name(device, recipe)}: the report does not compare them, and a run that is finished is '
+                      f'{device_name(device, recipe.precision)}: the report does not compare them, and a run that is finished is '
                       f'not run again; choose another folder to have all rows on one device.')
     failed: List[str] = []
     if pending:
@@ -226,7 +224,7 @@ class Session:
         """
         self.setting, self.store, self.progress = setting, store, progress
         self.deadline, self.device = deadline, device
-        self.about = {'device': device_name(device, setting.recipe), 'versions': versions(), 'commit': commit()}
+        self.about = about(device, setting.recipe.precision)
         self.epoch = Images(*(torch.zeros_like(tensor, device=device) for tensor in setting.data.train))
         self.test = setting.data.test.to(device)
         self.trainers: Dict[str, Trainer] = {}
@@ -381,17 +379,6 @@ class Session:
         self.progress.done(run, result)
 
 
-def joined(about: Sequence[Dict[str, Any]]) -> Dict[str, Any]:
-    """What is known of a run that was continued elsewhere: 'A then B' where the parts differ."""
-    def join(values):
-        return ' then '.join(dict.fromkeys(value for value in values if value)) or values[-1]
-
-    versions = {key: join([part['versions'].get(key) for part in about]) for key in about[-1]['versions']}
-    return {
-        'device': join([part['device'] for part in about]), 'versions': versions,
-        'commit': join([part['commit'] for part in about])}
-
-
 def format_table(results: Sequence[Dict[str, Any]]) -> str:
     """The results as a table, a line for each row and device, with what they were got on under it."""
     devices = sorted({result['device'] for result in results})
@@ -419,32 +406,3 @@ def format_table(results: Sequence[Dict[str, Any]]) -> str:
         f'seed {", ".join(map(str, seeds))}')
     lines.append(f'data {one["data"]}; device {", ".join(devices)}')
     return '\n'.join(lines)
-
-
-def device_name(device: torch.device, recipe: Recipe) -> str:
-    """The device as a reader would call it, and what it computed in."""
-    if device.type == 'cuda':
-        name = torch.cuda.get_device_name(device)
-    else:
-        name = f'cpu ({torch.get_num_threads()} threads)' if device.type == 'cpu' else str(device)
-    return f'{name}, {recipe.precision}'
-
-
-def versions() -> Dict[str, str]:
-    """Versions of what the numbers depend on."""
-    return {
-        'python': platform.python_version(), 'torch': str(torch.__version__), 'timm': timm.__version__,
-        'timm_sot': __version__}
-
-
-def commit() -> str:
-    """Commit of the source tree this runs from, with a + where it has changes; empty for an installed package."""
-    git = ['git', '-C', os.path.dirname(os.path.abspath(__file__))]
-    try:
-        subprocess.run([*git, 'ls-files', '--error-unmatch', '../__init__.py'], capture_output=True, check=True)
-        described = subprocess.run(
-            [*git, 'describe', '--always', '--dirty=+', '--abbrev=12', '--exclude=*'],
-            capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return ''
-    return described.stdout.strip()

@@ -1,0 +1,76 @@
+""" What the lines of runs say of where they ran """
+import builtins
+import io
+import platform
+import subprocess
+
+import pytest
+import timm
+import torch
+
+import timm_sot
+from timm_sot.study import machine
+from timm_sot.study.machine import about, commit, device_name, joined, processor_name, versions
+
+
+def test_about_on_a_cpu():
+    found = about(torch.device('cpu'), 'bfloat16')
+    assert found['device'] == f'cpu ({torch.get_num_threads()} threads), bfloat16'
+    assert found['processor'] == processor_name() != ''
+    assert found['versions'] == versions() and found['commit'] == commit()
+    assert versions() == {
+        'python': platform.python_version(), 'torch': torch.__version__, 'timm': timm.__version__,
+        'timm_sot': timm_sot.__version__}
+
+
+def test_about_elsewhere(monkeypatch):
+    monkeypatch.setattr(torch.cuda, 'get_device_name', lambda device: 'NVIDIA H200')
+    found = about(torch.device('cuda'), 'float32')
+    assert found['device'] == 'NVIDIA H200, float32' and 'processor' not in found
+    assert device_name(torch.device('mps'), 'float32') == 'mps, float32'
+
+
+@pytest.mark.parametrize('cpuinfo, name', [
+    ('processor\t: 0\nmodel name\t: AMD EPYC 9: 5\nmodel name\t: B\n', 'AMD EPYC 9: 5'),
+    ('Hardware\t: none of the kind\n', 'arm'),
+    (None, 'arm'),
+])
+def test_processor_name(monkeypatch, cpuinfo, name):
+    def no_open(path):
+        assert path == '/proc/cpuinfo'
+        if cpuinfo is None:
+            raise FileNotFoundError(path)
+        return io.StringIO(cpuinfo)
+
+    monkeypatch.setattr(builtins, 'open', no_open)
+    monkeypatch.setattr(platform, 'processor', lambda: '')
+    monkeypatch.setattr(platform, 'machine', lambda: 'arm')
+    assert processor_name() == name
+
+
+def test_parts_are_joined():
+    a = {'device': 'A', 'processor': 'P', 'versions': {'torch': '1', 'timm': '1'}, 'commit': 'c'}
+    assert joined([a]) == a
+    b = {'device': 'B', 'versions': {'torch': '2', 'timm': '1'}, 'commit': ''}  # by a version that knew no processors
+    assert joined([a, b, a]) == {
+        'device': 'A then B', 'processor': 'P', 'versions': {'torch': '1 then 2', 'timm': '1'}, 'commit': 'c'}
+    assert joined([b, {**a, 'processor': 'Q'}, a])['processor'] == 'Q then P'
+    assert 'processor' not in joined([b, b])
+
+
+def test_commit(tmp_path, monkeypatch):
+    def git(*words):
+        subprocess.run(['git', '-c', 'user.name=N', '-c', 'user.email=E', '-C', tmp_path, *words], check=True)
+
+    (tmp_path / 'study').mkdir()
+    (tmp_path / '__init__.py').write_text('')
+    monkeypatch.setattr(machine, '__file__', str(tmp_path / 'study' / 'machine.py'))
+    assert commit() == '', 'no repository'
+    git('init', '-q')
+    assert commit() == '', 'a repository that this is no part of'
+    git('add', '.')
+    git('commit', '-q', '-m', 'first')
+    first = commit()
+    assert len(first) == 12 and not first.endswith('+')
+    (tmp_path / '__init__.py').write_text('changed')
+    assert commit() == first + '+'
