@@ -83,7 +83,8 @@ def _add_study(commands) -> None:
                        help='quick: three models on the digits of scikit-learn; seed: softmax and the five SOT '
                             'variants, five seeds, 30 epochs of the original recipe; sweep: sot_qk over the '
                             'regularization, and softmax; shares: softmax, without and with context, '
-                            'cct_2_sot_shares and its control, five seeds. The other options change it (default: %(default)s)')
+                            'cct_2_sot_shares and its control, five seeds. The other options change it (default: '
+                            '%(default)s)')
     group.add_argument('--models', nargs='+', metavar='NAME',
                        help='train these timm models instead of those of the preset (one that is in it keeps all its '
                             'rows); the first gives the others their initial values')

@@ -99,8 +99,8 @@ def load_archive(path: str, img_size: Tuple[int, int], workers: int = 0) -> Stud
                 if any(archive.fileobj.read(tarfile.BLOCKSIZE)):  # tarfile takes a damaged header for the end
                     raise tarfile.ReadError(f'damaged after {len(archive.getmembers())} files')
         except (tarfile.TarError, OSError, EOFError, lzma.LZMAError, zlib.error) as e:
-            raise UserError(f'{path} cannot be unpacked: {first_line(e)}. --data-dir takes a folder, or a tar archive of '
-                            f'one: if it is one, make or download it again.') from e
+            raise UserError(f'{path} cannot be unpacked: {first_line(e)}. --data-dir takes a folder, or a tar archive '
+                            f'of one: if it is one, make or download it again.') from e
         entries = os.listdir(folder)
         inner = os.path.join(folder, entries[0]) if len(entries) == 1 else folder
         data = load_folder(inner if os.path.isdir(inner) else folder, img_size, workers)
@@ -111,7 +111,8 @@ def load_archive(path: str, img_size: Tuple[int, int], workers: int = 0) -> Stud
 def load_folder(root: str, img_size: Tuple[int, int], workers: int = 0) -> StudyData:
     """An image folder as timm reads them: `train/<class>/*` and `val/<class>/*` or `test/<class>/*`."""
     if not os.path.isdir(root):
-        raise UserError(f'{root} is not a folder; --data-dir takes one that holds train/<class>/ and val/<class>/.')
+        raise UserError(f'{root} is not a folder; --data-dir takes one that holds train/<class>/ and val/<class>/ or '
+                        f'test/<class>/, or a tar archive of one.')
     folders = []
     for splits in (TRAIN_SPLITS, TEST_SPLITS):
         found = [os.path.join(root, split) for split in splits if os.path.isdir(os.path.join(root, split))]

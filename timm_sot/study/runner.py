@@ -174,8 +174,8 @@ def run_study(
     devices = {done[run.name]['device'] for run in runs if run.name in done}
     if pending and devices and device is not None and device_name(device, recipe.precision) not in devices:
         warnings.warn(f'{out} has runs of {" and ".join(sorted(devices))}, those to come are of '
-                      f'{device_name(device, recipe.precision)}: the report does not compare them, and a run that is finished is '
-                      f'not run again; choose another folder to have all rows on one device.')
+                      f'{device_name(device, recipe.precision)}: the report does not compare them, and a run '
+                      f'that is finished is not run again; choose another folder to have all rows on one device.')
     failed: List[str] = []
     if pending:
         make = partial(Session, device=device) if cluster is None else cluster.session

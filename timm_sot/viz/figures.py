@@ -490,7 +490,8 @@ def check_matrix(maps: Maps, matrix: str, name: str) -> None:
     if matrix not in MATRICES:
         raise ValueError(f'matrix={matrix!r} is unknown; choose one of {MATRICES}.')
     if not any(matrix in record for record in maps.values()):
-        raise ValueError(f'{name} has no SOT matrix: it is made by the variants sot_q, sot_qk and sot_qkt alone.')
+        raise ValueError(f'{name} has no SOT matrix: only sot_q, sot_qk and sot_qkt make one, with or '
+                         f'without softmax.')
 
 
 def shared_limits(matrix: str, values: Sequence[torch.Tensor]) -> Tuple[float, float]:
