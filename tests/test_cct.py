@@ -968,6 +968,17 @@ def test_compile_dynamic_img_size():
         assert error(*grads) < 1e-5
 
 
+def test_compile_dynamic_img_size_for_inference():
+    """Without gradients the sizes are symbols, and more of them are taken than there may be graphs."""
+    model = create('cct_2_sot_qk', dynamic_img_size=True)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend='eager')
+    with torch.no_grad(), torch._dynamo.config.patch(cache_size_limit=2):
+        for height in (24, 36, 40, 44):
+            x = images(height, 40)
+            assert error(compiled(x), model(x)) < 1e-5
+
+
 def test_export(name):
     model, x = create(name), inputs(name)
     x = torch.cat([x, x.flip(-1), x.flip(-2)])

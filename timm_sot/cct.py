@@ -250,7 +250,8 @@ def resize_pos_embed(
     if sine:
         return sine_pos_embed(new_size[0] * new_size[1], dim, pos_embed.device, pos_embed.dtype)
     if not torch.jit.is_scripting():
-        if torch.compiler.is_compiling() and not is_exporting():
+        if (torch.is_grad_enabled() and pos_embed.requires_grad
+                and torch.compiler.is_compiling() and not is_exporting()):
             # a graph for each size, as of timm's models: with sizes that are symbols torch cannot differentiate this
             new_size = [operator.index(size) for size in new_size]
     # the NHWC form compares both sides; resample_abs_pos_embed takes 2x8 for 4x4, the number of tokens being equal
