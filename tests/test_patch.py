@@ -282,7 +282,7 @@ def test_blocks_out_of_range(blocks, index):
     assert snapshot(model) == before
 
 
-@pytest.mark.parametrize('blocks', [2, [0, 0.5], '12', [True, False]])
+@pytest.mark.parametrize('blocks', [2, [0, 0.5], '12', [True, False], torch.tensor([True, False]), torch.tensor(1)])
 def test_blocks_of_the_wrong_type(blocks):
     model = make_model()
     before = snapshot(model)

@@ -57,7 +57,8 @@ def apply_sot(
     """
     layers = attention_layers(model)
     try:
-        given = range(len(layers)) if blocks is None else list(blocks)
+        given = range(len(layers)) if blocks is None else blocks
+        given = list(given.tolist() if hasattr(given, 'tolist') else given)  # a tensor's own items are tensors
         indices = [operator.index(index) for index in given]
     except TypeError:
         given = indices = None
