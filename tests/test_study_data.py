@@ -1,5 +1,6 @@
 """ Images of a study """
 import builtins
+import errno
 import pickle
 import shutil
 import tarfile
@@ -7,6 +8,7 @@ import tarfile
 import pytest
 import torch
 from PIL import Image
+from timm.data import IterableImageDataset
 from torch.utils.data import DataLoader
 from torchvision import datasets
 
@@ -16,6 +18,7 @@ from timm_sot.study.data import (
     VALIDATION,
     Images,
     StudyData,
+    decode,
     fingerprint,
     load_data,
     normalizer,
@@ -123,6 +126,37 @@ def test_damaged_archive(digits_dir, tmp_path, compression):
         path.write_bytes(damaged)
         with pytest.raises(UserError, match='digits.tar cannot be unpacked: .*. --data-dir takes'):
             load_data(str(path), (8, 8))
+
+
+@pytest.mark.parametrize('error, message', [
+    (OSError(errno.ENOSPC, 'No space left on device'), 'no room in .* TMPDIR'),
+    (ValueError('bad name'), 'cannot be unpacked: bad name'),
+])
+def test_archive_that_cannot_be_unpacked(digits_dir, tmp_path, monkeypatch, error, message):
+    path = tmp_path / 'digits.tar'
+    with tarfile.open(path, 'w') as archive:
+        archive.add(digits_dir, '.')
+
+    def extractall(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(tarfile.TarFile, 'extractall', extractall)
+    with pytest.raises(UserError, match=message):
+        load_data(str(path), (8, 8))
+
+
+def test_images_without_a_number():
+    """Datasets that are read in order, such as those of tfds and webdataset."""
+    class Reader:
+        def __len__(self):
+            return 3
+
+        def __iter__(self):
+            return ((Image.new('RGB', (8, 8), (60 * i,) * 3), i) for i in range(3))
+
+    decoded = decode(IterableImageDataset('stub', reader=Reader()), (8, 8))
+    assert decoded.labels.tolist() == [0, 1, 2]
+    assert decoded.images[:, 0, 0, 0].tolist() == [0, 60, 120]
 
 
 def test_subset():

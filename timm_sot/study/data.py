@@ -3,6 +3,7 @@
 All images are decoded once and kept in memory as uint8. It is made for sets the size of CIFAR; larger ones are for
 timm's own train.py.
 """
+import errno
 import hashlib
 import lzma
 import os
@@ -15,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from timm.data import create_dataset, create_transform
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from ..errors import UserError, first_line, missing_extra
 
@@ -98,7 +99,10 @@ def load_archive(path: str, img_size: Tuple[int, int], workers: int = 0) -> Stud
                 archive.fileobj.seek(archive.offset)
                 if any(archive.fileobj.read(tarfile.BLOCKSIZE)):  # tarfile takes a damaged header for the end
                     raise tarfile.ReadError(f'damaged after {len(archive.getmembers())} files')
-        except (tarfile.TarError, OSError, EOFError, lzma.LZMAError, zlib.error) as e:
+        except (tarfile.TarError, OSError, EOFError, ValueError, lzma.LZMAError, zlib.error) as e:
+            if getattr(e, 'errno', None) in (errno.ENOSPC, errno.EDQUOT):
+                raise UserError(f'no room in {tempfile.gettempdir()} to unpack {path}: {first_line(e)}. Unpack it elsewhere '
+                                f'and name the folder, or name another place for temporary files in TMPDIR.') from e
             raise UserError(f'{path} cannot be unpacked: {first_line(e)}. --data-dir takes a folder, or a tar archive '
                             f'of one: if it is one, make or download it again.') from e
         entries = os.listdir(folder)
@@ -180,7 +184,7 @@ class _Files(Dataset):
 def decode(dataset, img_size: Tuple[int, int], workers: int = 0) -> Images:
     """Decode the images of a timm dataset, scaled and cropped to `img_size`."""
     transform = create_transform((3, *img_size), normalize=False, crop_pct=1.)  # uint8 tensors
-    if hasattr(dataset, 'reader'):
+    if hasattr(dataset, 'reader') and not isinstance(dataset, IterableDataset):  # images that have a number
         dataset = _Files(dataset, transform)
     else:
         dataset.transform = transform
