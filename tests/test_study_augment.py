@@ -146,6 +146,7 @@ def test_room_for_epochs(monkeypatch):
 @pytest.mark.parametrize('files, gigabytes', [
     ({}, 16.),
     ({'/proc/meminfo': 'MemTotal: 1 kB\nMemFree: 5 kB\nMemAvailable:    3145728 kB\n'}, 3.),
+    ({'/proc/meminfo': 'MemTotal: 1 kB\nMemFree: 5 kB\n'}, 16.),
     ({'/sys/fs/cgroup/memory.max': 'max\n', '/sys/fs/cgroup/memory.current': '1\n'}, 16.),
     ({'/sys/fs/cgroup/memory.max': f'{5 << 30}\n', '/sys/fs/cgroup/memory.current': f'{3 << 30}\n'}, 2.),
     ({'/sys/fs/cgroup/memory.max': '1\n', '/sys/fs/cgroup/memory.current': '3\n'}, 0.),

@@ -173,7 +173,7 @@ def free_memory() -> float:
     free = math.inf
     with suppress(AttributeError, ValueError, OSError):
         free = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
-    with suppress(OSError, AttributeError):
+    with suppress(OSError, TypeError):  # no such file, or no such line in it
         text = Path('/proc/meminfo').read_text()
         free = 1024 * int(re.search(r'^MemAvailable: +(\d+) kB', text, re.M)[1])
     with suppress(OSError, ValueError):  # of a container, where it has a limit
