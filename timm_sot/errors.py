@@ -1,6 +1,6 @@
 """ Errors that a user can mend """
 
-__all__ = ['UserError', 'first_line', 'missing_extra']
+__all__ = ['UserError', 'first_line', 'missing_extra', 'one_line']
 
 
 class UserError(Exception):
@@ -13,6 +13,12 @@ def first_line(error: BaseException) -> str:
     if len(lines) > 1 and lines[0].endswith(':'):
         return f'{lines[0]} {lines[1]}'
     return lines[0] if lines else type(error).__name__
+
+
+def one_line(error: BaseException) -> str:
+    """The type of an exception and what it says, in one line: for errors that come from anywhere."""
+    name, text = type(error).__name__, first_line(error)
+    return name if text == name else f'{name}: {text}'
 
 
 def missing_extra(error: ImportError, extra: str = 'study') -> UserError:

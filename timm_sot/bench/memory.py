@@ -5,8 +5,9 @@ from typing import Any, Callable, Dict, Iterator, Sequence, Tuple
 import torch
 import torch.nn.functional as F
 
+from ..errors import one_line
 from .contenders import D, TRAIN, dtype_name, eager_softmax, pass_of, qkv_inputs, randn, shape_name, sot_core
-from .timing import one_line, release
+from .timing import release
 
 __all__ = ['memory_rows']
 

@@ -3,9 +3,9 @@ import json
 import os
 from typing import Any, Callable, Dict, List, NamedTuple, Sequence, Tuple
 
-from ..errors import UserError
+from ..errors import UserError, one_line
 from .contenders import BATCH, TRAIN
-from .timing import one_line, quartiles
+from .timing import quartiles
 
 __all__ = ['bar_rows', 'bar_table', 'format_tables', 'load_reports', 'write_report']
 

@@ -14,10 +14,10 @@ from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tu
 
 import torch
 
-from ..errors import first_line
+from ..errors import one_line
 from .contenders import Contender, Group
 
-__all__ = ['QUICK_ROUNDS', 'ROUNDS', 'TIME_LIMIT', 'one_line', 'quartiles', 'release', 'time_group']
+__all__ = ['QUICK_ROUNDS', 'ROUNDS', 'TIME_LIMIT', 'quartiles', 'release', 'time_group']
 
 TIME_LIMIT = 200.  # seconds after which no further group is begun
 ROUNDS, QUICK_ROUNDS = (3, 50), (2, 5)  # fewest and most of a group
@@ -133,10 +133,6 @@ def summary(samples: Sequence[float]) -> Dict[str, Any]:
 
 def quartiles(samples: Sequence[float]) -> List[float]:
     return statistics.quantiles(samples, n=4, method='inclusive') if len(samples) > 1 else [*samples] * 3
-
-
-def one_line(error: BaseException) -> str:
-    return f'{type(error).__name__}: {first_line(error)}'[:200]
 
 
 def reason_to_skip(

@@ -23,7 +23,7 @@ import torch
 
 from .. import __version__
 from .data import Images, StudyData
-from ..errors import UserError, first_line, missing_extra
+from ..errors import UserError, missing_extra, one_line
 from .progress import Progress
 from .runner import TIME_LIMIT, Session, Setting, left_to_others, resolve_device
 from .store import Run, Store
@@ -78,7 +78,7 @@ class Cluster:
             ray.init(address, logging_level=logging.ERROR, log_to_driver=False, **options)
         except (ConnectionError, OSError, RuntimeError, ValueError) as e:
             hint = '' if address == 'local' else '; where a cluster asks for a token, set RAY_AUTH_MODE=token'
-            raise UserError(f'Ray at {address}: {type(e).__name__}: {first_line(e)}{hint}.') from e
+            raise UserError(f'Ray at {address}: {one_line(e)}{hint}.') from e
         try:
             yield ray
         finally:
@@ -179,7 +179,7 @@ class ClusterSession:
                     f'a machine of the Ray cluster cannot import timm-sot (with its dependencies): '
                     f'{str(e).strip().splitlines()[-1]}; install timm-sot {__version__} on all machines.') from None
             self.progress.write(str(e))
-            self._fail(task, f'{type(e.cause).__name__}: {first_line(e.cause)}')
+            self._fail(task, one_line(e.cause))
         except (errors.RayError, StopIteration) as e:
             self._lose(task, e)
         else:
@@ -239,8 +239,7 @@ class ClusterSession:
         task.losses += 1
         worker = task.worker or 'a worker'
         if task.losses > RETRIES:
-            self._fail(task, f'{task.losses} workers lost in one epoch, the last with {type(error).__name__}: '
-                             f'{first_line(error)}')
+            self._fail(task, f'{task.losses} workers lost in one epoch, the last with {one_line(error)}')
             return
         epoch = task.checkpoint['epoch'] if task.checkpoint else 0
         self.progress.leave(task.run)

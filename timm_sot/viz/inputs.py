@@ -10,7 +10,7 @@ from timm.data import create_transform, get_img_extensions, resolve_model_data_c
 from timm.layers import to_2tuple
 from torch import nn
 
-from ..errors import UserError, first_line
+from ..errors import UserError, first_line, one_line
 
 __all__ = ['digits', 'find_images', 'load_image', 'load_models', 'model_input', 'shown_pixels', 'token_grid']
 
@@ -80,7 +80,7 @@ def load_model(name: str, checkpoint: str, untrained: bool, model_kwargs: Dict[s
         hint = ''
         if trained and not checkpoint and not isinstance(e, (TypeError, ValueError)):  # those are about arguments
             hint = ' (--checkpoint or --untrained do without them)'
-        raise UserError(f'cannot create {name} with {what}{also}: {type(e).__name__}: {first_line(e)}{hint}') from e
+        raise UserError(f'cannot create {name} with {what}{also}: {one_line(e)}{hint}') from e
     return model.eval(), trained
 
 
