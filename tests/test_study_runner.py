@@ -187,12 +187,20 @@ def test_trainers_that_are_done_are_dropped(folder, monkeypatch):
     assert held == [[], []] and len(ROWS) == 2
 
 
-def test_checkpoint_of_another_model(folder, tmp_path):
+@pytest.mark.parametrize('damage', [
+    lambda state: state['model'].pop('head.bias'),
+    lambda state: state['model'].update({'head.bias': torch.zeros(())}),  # would be broadcast
+    lambda state: state['model'].update({'head.bias': None}),
+    lambda state: state['optimizer'].pop(),
+    lambda state: state.update(optimizer=[None] * len(state['optimizer'])),
+    lambda state: state.pop('step'),
+])
+def test_checkpoint_of_another_model(folder, tmp_path, damage):
     whole = run(folder, rows=ROWS[:1])
     run(folder, tmp_path, rows=ROWS[:1], time_limit=0.)
     path, = (tmp_path / 'checkpoints').glob('*.pt')
     checkpoint = torch.load(path)
-    del checkpoint['state']['model']['head.bias']
+    damage(checkpoint['state'])
     torch.save(checkpoint, path)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter('always')

@@ -154,14 +154,19 @@ class Trainer:
 
     @torch.no_grad()
     def load_state(self, state: Dict[str, Any]) -> None:
-        """Copy a state into the tensors of this trainer."""
+        """Copy a state into the tensors of this trainer.
+
+        Raises:
+            ValueError, or another that its items raise: If it is not the state of such a model; this trainer's own is
+                then partly overwritten.
+        """
         own = self.state()
-        for name, tensor in own['model'].items():
-            tensor.copy_(state['model'][name])
-        for mine, given in zip(own['optimizer'], state['optimizer']):
+        pairs = [(own['model'], state['model']), *zip(own['optimizer'], state['optimizer'], strict=True)]
+        for mine, given in [*pairs, ({'step': self.step}, state)]:
             for name, tensor in mine.items():
+                if given[name].shape != tensor.shape:  # some of which copy_ would broadcast
+                    raise ValueError(f'{name} has the shape {tuple(given[name].shape)} for {tuple(tensor.shape)}')
                 tensor.copy_(given[name])
-        self.step.copy_(state['step'])
 
     @torch.no_grad()
     def reset(self, initial: Dict[str, torch.Tensor]) -> None:

@@ -18,7 +18,7 @@ from .augment import make_epochs, room_for_epochs
 from .coupled import capturable
 from .data import Images, StudyData, fingerprint, load_data, subset
 from .engine import Recipe, Trainer, set_precision, train_epoch
-from ..errors import UserError, first_line, missing_extra
+from ..errors import UserError, first_line, missing_extra, one_line
 from .machine import about, device_name, joined
 from .presets import Row, Study
 from .progress import Progress
@@ -65,7 +65,7 @@ def input_size(rows: Sequence[Row]) -> Tuple[int, int]:
             raise UserError(f'unknown model {name!r}; {hint}')
         size = to_2tuple(kwargs['img_size']) if 'img_size' in kwargs \
             else timm.get_pretrained_cfg(name).input_size[-2:]
-        if len(size) != 2 or not all(isinstance(side, int) and side > 0 for side in size):
+        if len(size) != 2 or not all(type(side) is int and side > 0 for side in size):
             raise UserError(
                 f'img_size={kwargs["img_size"]} of {name} must be one number, or height and width, in pixels.')
         sizes.setdefault(tuple(size), name)
@@ -346,9 +346,9 @@ class Session:
         """Take a run up where its checkpoint was made, if that is of such a model."""
         try:
             trainer.load_state(checkpoint['state'])
-        except (KeyError, TypeError, RuntimeError) as e:
+        except (AttributeError, LookupError, TypeError, ValueError, RuntimeError) as e:  # for its contents are anyone's
             warnings.warn(f'the checkpoint of {run.row} seed {run.seed} does not fit the model, its run begins anew: '
-                          f'{type(e).__name__}: {first_line(e)}')
+                          f'{one_line(e)}')
             return False
         return True
 
