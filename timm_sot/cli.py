@@ -27,7 +27,10 @@ class _ModelKwargs(argparse.Action):
         missing = [value for value in values if '=' not in value]
         if missing:
             parser.error(f'{option_string} takes key=value pairs, got {missing[0]!r}')
-        ParseKwargs.__call__(self, parser, namespace, values, option_string)
+        try:
+            ParseKwargs.__call__(self, parser, namespace, values, option_string)
+        except TypeError as e:  # of a set of lists, say
+            parser.error(f'{option_string} takes key=value pairs, got {" ".join(values)!r}: {e}')
 
 
 def _number(kind, minimum, exclusive=False):
@@ -209,7 +212,11 @@ def _study(args: argparse.Namespace) -> int:
         raise UserError(f'--grid needs at least one value of each argument, got {args.grid}.')
     rows = [(model, {**kwargs, **args.model_kwargs, **dict(zip(args.grid, combination))})
             for model, kwargs in rows for combination in product(*values)]
-    rows = list(map(tuple, json.loads(json.dumps(rows))))  # named as in the lines of their runs
+    try:
+        rows = list(map(tuple, json.loads(json.dumps(rows))))  # named as in the lines of their runs
+    except TypeError as e:
+        raise UserError(f'arguments of models must be numbers, text, or lists of them, to be written down with the '
+                        f'runs: {e}.') from e
     rows = _chosen({Run(*row, 0, 0).row: row for row in rows}, args.rows)
     settings = {'augment': ('crop', 'flip') if args.data_dir or args.dataset else ('crop',), **settings}
     for key in ('epochs', 'batch_size', 'lr', 'weight_decay', 'smoothing', 'schedule', 'precision'):
@@ -246,7 +253,7 @@ def _python(text):
 
     try:
         return literal_eval(text)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, TypeError):
         return text
 
 
