@@ -1,4 +1,5 @@
 """ The fused loops for the CPU """
+import math
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +23,8 @@ from kernels import (
 from timm_sot.kernels import cpu, threads
 from timm_sot.kernels.fused import fused_sot_attention
 from timm_sot.kernels.threads import loops_work
+from timm_sot.solver import count_iterations
+from timm_sot.transform import pairwise_cost
 
 pytestmark = pytest.mark.skipif(not loops_work(), reason='needs numba')
 
@@ -59,6 +62,31 @@ def test_iterations(iters, reg):
     """With the scaling vectors of all iterations kept, and with none."""
     tensors = make_inputs(1, 2, 20, 16)
     assert_close(run('cpu', *tensors, reg=reg, iters=iters), expected(*tensors, reg=reg, iters=iters), slack=10.)
+
+
+@pytest.mark.parametrize('distance', ['euclidean', 'cosine'])
+@pytest.mark.parametrize('reg', [0.02, 0.1, 1.])
+@pytest.mark.parametrize('operand', ['q', 'qk', 'qkt'])
+def test_count_of_iterations(operand, reg, distance):
+    """As in plain torch in float64, which stops in them."""
+    q, k, _, _ = make_inputs(2, 2, 20, 20)
+    x = q.double()
+    y = {'q': x, 'qk': k.double(), 'qkt': k.double().transpose(-2, -1)}[operand]
+    log_kernel = (pairwise_cost(x, y, distance, 'row') / -reg).masked_fill(torch.eye(20, dtype=torch.bool), -math.inf)
+    counts = []
+    for iters in (7, cpu.MAX_KEPT_ITERS + 5):
+        for tol in (1e9, 0.3, 0.1, 1e-2, 1e-4, 0.):
+            counts.append(cpu.count_iterations(q, k, operand, reg, iters, tol, distance))
+            assert counts[-1] == count_iterations(log_kernel, iters, tol / reg, None)
+    assert len(set(counts)) >= 4
+
+
+@pytest.mark.parametrize('bad', [math.nan, math.inf, 1e30])
+def test_count_of_iterations_of_what_is_not_finite(bad):
+    q, k, _, _ = make_inputs(2, 2, 20, 16)
+    k[1, 0, 3, 5] = bad
+    assert cpu.count_iterations(q, k, 'qk', 0.1, 9, 1e-2) == 9
+    assert cpu.count_iterations(q[:, 1:], k[:, 1:], 'qk', 0.1, 9, 1e-2) < 9
 
 
 @pytest.mark.parametrize('variant', ['sot_q', 'sot_qk', 'sot_qk_nosoftmax'])

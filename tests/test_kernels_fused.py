@@ -29,8 +29,8 @@ from kernels import (
     values_read,
 )
 from reference import error
-from timm_sot import SOTAttention
-from timm_sot.attention import VARIANTS as ALL_VARIANTS, sot_attention
+from timm_sot import SOTAttention, attention
+from timm_sot.attention import VARIANTS as ALL_VARIANTS, sot_attention_weights
 from timm_sot.kernels import fused
 from timm_sot.kernels.fused import choose_path, fused_sot_attention
 
@@ -54,7 +54,7 @@ needs_cuda = pytest.mark.skipif(not HAS_CUDA, reason='needs a GPU')
     ('cpu', torch.float32, 64, 64, None, 'cpu'),
     ('cpu', torch.bfloat16, 64, 200, None, 'cpu'),
     ('cpu', torch.float64, 64, 64, None, 'eager'),
-    ('cpu', torch.float32, 64, 64, 0.1, 'eager'),
+    ('cpu', torch.float32, 64, 64, 0.1, 'cpu'),
     ('cpu', torch.float32, 65536, 64, None, 'eager'),
     ('meta', torch.float32, 64, 64, None, 'eager'),
     ('mps', torch.float32, 64, 64, None, 'eager'),
@@ -162,13 +162,34 @@ def test_agrees_with_eager(path, variant, distance):
         leaves = [x.clone().requires_grad_() for x in (q, k, v)]
         if fuse:
             out = fused_sot_attention(*leaves, operands, softmax, 0.1, 5, 0.25, 0., distance, path)
-        else:  # tol=0 never stops early
-            out = sot_attention(*leaves, operands, softmax, distance, 0.1, 5, 0.)
+        else:
+            out = sot_attention_weights(*leaves[:2], operands, softmax, distance, 0.1, 5, None) @ leaves[2]
         out.backward(grad)
         results.append((out, *(x.grad for x in leaves)))
     for actual, wanted in zip(*results):
         assert (actual is None) == (wanted is None), 'both or neither use the keys'
         assert actual is None or error(actual, wanted) < 1e-4
+
+
+@pytest.mark.skipif(not fused.cpu_works(), reason='needs numba')
+@pytest.mark.parametrize('reg, tol, ran', [(0.025, 0.1, (2, 6)), (0.1, 0.1, (2, 6)), (0.1, 1e9, (1, 1)), (0.1, 0., (7, 7))])
+@pytest.mark.parametrize('variant', VARIANTS)
+def test_early_stop(monkeypatch, variant, reg, tol, ran):
+    """On a CPU the host counts the iterations that `tol` lets run, over all problems, and the fused loops run as many."""
+    operands, softmax, _ = ALL_VARIANTS[variant]
+    given = []
+    monkeypatch.setattr(fused, 'sot_attention', lambda *args: (given.append(args[6]), SOT(*args))[1])
+    q, k, v, grad = make_inputs(3, 2, 64, 64)
+    results = []
+    for dtype in (torch.float32, torch.float64):  # there is no fused path in float64
+        leaves = [x.detach().to(dtype, copy=True).requires_grad_() for x in (q, k, v)]
+        out = attention.sot_attention(*leaves, operands, softmax, 'euclidean', reg, 7, tol)
+        out.backward(grad.to(dtype))
+        results.append((out, *(x.grad for x in leaves)))
+    assert ran[0] <= given[0] <= ran[1]
+    assert len(given) == 1
+    for actual, wanted in zip(*results):
+        assert (actual is None) == (wanted is None) and (actual is None or error(actual, wanted) < 1e-4)
 
 
 @pytest.mark.parametrize('bad', [math.nan, math.inf])
@@ -188,7 +209,7 @@ def test_what_is_not_finite_is_not_hidden(path, where, bad, N):
             if fuse:
                 out = fused_sot_attention(*leaves, 'qk', softmax, reg, 3, 0.25, 0., distance, path)
             else:
-                out = sot_attention(*leaves, 'qk', softmax, distance, reg, 3, 0.)
+                out = sot_attention_weights(*leaves[:2], 'qk', softmax, distance, reg, 3, None) @ leaves[2]
             out.backward(grad)
             results.append((out, *(x.grad for x in leaves)))
         for name, actual, wanted in zip(('out', 'dq', 'dk', 'dv'), *results):

@@ -6,7 +6,7 @@ Optimal Transport', 2019, section 4.4 - https://arxiv.org/abs/1803.00567).
 """
 import math
 import numbers
-from typing import Any, Optional
+from typing import Any, Optional, Tuple
 
 import torch
 from torch.autograd import forward_ad
@@ -41,8 +41,8 @@ def sinkhorn(
 
     and the plan is log P = L + u + v. The column sums of P are exact, the row sums converge to r. It is Cuturi's
     'Sinkhorn Distances' (https://arxiv.org/abs/1306.0895) in the log domain. The gradient is that of the iterations
-    that ran, not of their limit. The backward pass keeps the log-kernel alone, however many they were; with `tol`, and
-    for a second derivative, every step.
+    that ran, not of their limit. The backward pass keeps the log-kernel alone, however many they were; for a second
+    derivative every step.
 
     Args:
         log_kernel: Log-kernel of shape (..., N, M), -cost / reg in transport. Entries may be -inf (no mass there, zero
@@ -114,10 +114,18 @@ def solve(
     """
     if torch.jit.is_scripting():
         return solve_step_by_step(log_kernel, iters, tol, row_mass)
-    elif tol is not None or not operators_work():
+    elif not operators_work() or (tol is not None and torch.compiler.is_compiling()):
         return solve_step_by_step(log_kernel, iters, tol, row_mass)
     else:
+        if tol is not None:
+            iters = count_iterations(log_kernel, iters, tol, row_mass)
         return kernel.sinkhorn(log_kernel, iters, row_mass, kernel.scaling_is_safe(spread, log_kernel.dtype))
+
+
+@torch.no_grad()
+def count_iterations(log_kernel: torch.Tensor, iters: int, tol: float, row_mass: Optional[float]) -> int:
+    """How many iterations run until `tol` stops them, at most `iters`: what has a fixed number of them can then follow."""
+    return iterate_step_by_step(log_kernel, iters, tol, row_mass)[2]
 
 
 def solve_step_by_step(
@@ -126,7 +134,18 @@ def solve_step_by_step(
         tol: Optional[float],
         row_mass: Optional[float],
 ) -> torch.Tensor:
-    """The iterations as plain operations, for an early stop and for formats that know no operators of ours."""
+    """The iterations as plain operations, for formats that know no operators of ours."""
+    u, v, _ = iterate_step_by_step(log_kernel, iters, tol, row_mass)
+    return log_kernel + u + v
+
+
+def iterate_step_by_step(
+        log_kernel: torch.Tensor,
+        iters: int,
+        tol: Optional[float],
+        row_mass: Optional[float],
+) -> Tuple[torch.Tensor, torch.Tensor, int]:
+    """Potentials of the rows (..., N, 1) and of the columns (..., 1, M), and how many iterations they come from."""
     # tensors, not numbers: a logarithm of a number would be a constant of what is traced, and so the shape
     N = torch.full((1,), log_kernel.shape[-2], dtype=log_kernel.dtype, device=log_kernel.device)
     M = torch.full((1,), log_kernel.shape[-1], dtype=log_kernel.dtype, device=log_kernel.device)
@@ -134,14 +153,16 @@ def solve_step_by_step(
     log_c = log_r + (N.log() - M.log())
     u = torch.zeros_like(log_kernel[..., :1])  # (..., N, 1)
     v = torch.zeros_like(log_kernel[..., :1, :])  # (..., 1, M)
+    ran = 0
     for _ in range(iters):
+        ran += 1
         u_prev = u
         u = log_r - torch.logsumexp(log_kernel + v, dim=-1, keepdim=True)
         v = log_c - torch.logsumexp(log_kernel + u, dim=-2, keepdim=True)
         if tol is not None:
             if bool((u - u_prev).detach().abs().sum(dim=[-2, -1]).mean() < tol):
                 break
-    return log_kernel + u + v
+    return u, v, ran
 
 
 def scale_to_shares(kernel: torch.Tensor, log_shares: torch.Tensor, iters: int) -> torch.Tensor:

@@ -63,12 +63,12 @@ def choose_path(
         dtype: Their dtype.
         tokens: Number of tokens.
         head_width: Width of a head.
-        tol: Early stop of the iterations, which couples the images of a batch.
+        tol: Early stop of the iterations, which couples the images of a batch; on a GPU the host would wait for it.
 
     Returns:
         'onchip' or 'streamed' for the Triton kernels, 'cpu' for the fused loops, 'eager' for plain torch.
     """
-    if tol is not None or dtype not in DTYPES:
+    if dtype not in DTYPES or (tol is not None and device.type != 'cpu'):
         return 'eager'
     if device.type == 'cuda':
         memory = triton_memory(device)
@@ -99,6 +99,7 @@ def fused_sot_attention(
         dropout_p: float,
         distance: str,
         path: str,
+        tol: Optional[float] = None,
 ) -> torch.Tensor:
     """Output of SOT attention, (B, H, N, D) each, by the implementation `path`.
 
@@ -109,15 +110,18 @@ def fused_sot_attention(
         operands: What is matched, see :class:`timm_sot.attention.Variant`.
         softmax: Whether a softmax over the keys follows.
         reg: Entropy regularization.
-        iters: Number of Sinkhorn iterations.
+        iters: Number of Sinkhorn iterations; with `tol` the most that run.
         scale: Factor on the SOT matrix.
         dropout_p: Dropout probability of the attention weights. The mask is a function of one number that torch's
             generator of the device draws, so that it follows torch.manual_seed and checkpointing without a host in
             between.
         distance: 'euclidean' or 'cosine'.
         path: As `choose_path` returns it, but not 'eager'.
+        tol: Early stop, for the path 'cpu': see `self_optimal_transport`.
     """
     q, k = q.to(v.dtype), k.to(v.dtype)  # under autocast a norm of the queries and keys widens them, but not the values
+    if tol is not None:
+        iters = cpu.count_iterations(q, k, operands, reg, iters, tol, distance)
     seed = torch.randint(2 ** 62, (), device=q.device) if dropout_p > 0. else None
     out, _ = sot_attention(q, k, v, operands, softmax, reg, iters, scale, dropout_p, seed, distance, path)
     return out
