@@ -1,3 +1,4 @@
+import operator as operator_module
 import subprocess
 import sys
 
@@ -64,6 +65,27 @@ def test_opcheck():
     x, y = torch.randn(2, 3, requires_grad=True), torch.randn(2, 3, requires_grad=True)
     torch.library.opcheck(weighted_sum_of_a_test, (x, y, 2.))
     torch.library.opcheck(weighted_sum_of_a_test, (x, y.detach(), 2.))
+
+
+def test_compilers_do_not_look_inside():
+    """Not even where they leave the function that calls the operator to Python."""
+    called = []
+
+    def backend(module, inputs):
+        called.extend(node.target for node in module.graph.nodes if node.op == 'call_function')
+        return module.forward
+
+    def function(x):
+        try:
+            torch._dynamo.graph_break()
+            return weighted_sum_of_a_test(torch.sin(x), x, 2.)
+        finally:
+            print('a function with a break in such a place is not compiled, what it calls is')
+
+    torch._dynamo.reset()
+    x = torch.randn(3, requires_grad=True)
+    torch.testing.assert_close(torch.compile(function, backend=backend)(x), 2. * x.sin() + x)
+    assert operator_module.mul not in called and torch.ops.aten.mul.Tensor not in called
 
 
 def test_default_values_are_refused():

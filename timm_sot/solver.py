@@ -124,7 +124,7 @@ def solve(
 
 @torch.no_grad()
 def count_iterations(log_kernel: torch.Tensor, iters: int, tol: float, row_mass: Optional[float]) -> int:
-    """How many iterations run until `tol` stops them, at most `iters`: what has a fixed number of them can then follow."""
+    """How many iterations run until `tol` stops them, at most `iters`, for what then runs a number that it is given."""
     return iterate_step_by_step(log_kernel, iters, tol, row_mass)[2]
 
 

@@ -34,7 +34,9 @@ def operator(function: Callable) -> torch._ops.OpOverload:
         raise ValueError(f'{name} must not have default values: {op._schema}')
     registered = _registered[name] = SimpleNamespace(
         schema=schema, function=function, fake=None, gradient=None, op=op, library=library)
-    library.impl(name, lambda *args: registered.function(*args), 'CompositeExplicitAutograd')
+    # where torch.compile leaves a function to Python it would look into what that calls, and into numba
+    library.impl(
+        name, torch.compiler.disable(lambda *args: registered.function(*args)), 'CompositeExplicitAutograd')
     torch.library.register_fake(op, lambda *args: registered.fake(*args), lib=library)
     library.impl(name, lambda keyset, *args: _call(registered, keyset, args), 'Autograd', with_keyset=True)
     return op

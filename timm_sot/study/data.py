@@ -101,8 +101,9 @@ def load_archive(path: str, img_size: Tuple[int, int], workers: int = 0) -> Stud
                     raise tarfile.ReadError(f'damaged after {len(archive.getmembers())} files')
         except (tarfile.TarError, OSError, EOFError, ValueError, lzma.LZMAError, zlib.error) as e:
             if getattr(e, 'errno', None) in (errno.ENOSPC, errno.EDQUOT):
-                raise UserError(f'no room in {tempfile.gettempdir()} to unpack {path}: {first_line(e)}. Unpack it elsewhere '
-                                f'and name the folder, or name another place for temporary files in TMPDIR.') from e
+                raise UserError(f'no room in {tempfile.gettempdir()} to unpack {path}: {first_line(e)}. Unpack it '
+                                f'elsewhere and name the folder, or name another place for temporary files in '
+                                f'TMPDIR.') from e
             raise UserError(f'{path} cannot be unpacked: {first_line(e)}. --data-dir takes a folder, or a tar archive '
                             f'of one: if it is one, make or download it again.') from e
         entries = os.listdir(folder)
