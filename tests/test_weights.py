@@ -112,13 +112,16 @@ def test_spoilt_folder_or_file(folder, kind):
         timm.create_model('cct_2_sot_qk', pretrained=True, pretrained_cfg_overlay=overlay)
 
 
-@pytest.mark.parametrize('kwargs', [
-    dict(depth=1), dict(embed_dim=64), dict(mlp_ratio=2), dict(kernel_size=5), dict(n_conv_layers=1)])
-def test_arguments_that_the_packaged_weights_do_not_fit(kwargs):
+@pytest.mark.parametrize('model, kwargs', [
+    *(('cct_2_sot_qk', kwargs) for kwargs in (
+        dict(depth=1), dict(embed_dim=64), dict(mlp_ratio=2), dict(kernel_size=5), dict(n_conv_layers=1))),
+    *(('cct_2_sot_shares', kwargs) for kwargs in (
+        dict(attn='sot_qk'), dict(num_heads=4), dict(sot_iters=0), dict(context=False)))])
+def test_arguments_that_the_packaged_weights_do_not_fit(model, kwargs):
     name, = kwargs
     advice = 'leave depth, .*at their defaults, or create the model without pretrained weights'
     with pytest.raises(RuntimeError, match=f'(?s)^file .* of timm-sot: .*; (?=.*{name}){advice}') as error:
-        timm.create_model('cct_2_sot_qk', pretrained=True, **kwargs)
+        timm.create_model(model, pretrained=True, **kwargs)
     assert 'install' not in str(error.value)
 
 

@@ -89,8 +89,8 @@ def explain(error: Exception, cfg: Dict[str, Any]) -> None:
             advice = 'install timm-sot again' if packaged else 'check its path, or copy it anew'
         elif packaged:
             advice = (
-                'leave depth, embed_dim, mlp_ratio, kernel_size and n_conv_layers, and of sot_shares attn, sot_iters '
-                'and context, at their defaults, or create the model without pretrained weights')
+                'leave depth, embed_dim, mlp_ratio, kernel_size and n_conv_layers, and of sot_shares attn, '
+                'num_heads, sot_iters and context, at their defaults, or create the model without pretrained weights')
         elif 'head.' in str(error):
             advice = (
                 'say of how many classes the weights are, with pretrained_cfg_overlay=dict(file=..., num_classes=...), '
