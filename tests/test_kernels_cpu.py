@@ -56,6 +56,15 @@ def test_sizes(variant, N, D):
     assert_close(run('cpu', *tensors, variant, iters=5), expected(*tensors, variant, iters=5))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize('reg', [0.02, 0.1])
+def test_many_tokens(reg):
+    tensors = make_inputs(1, 1, 2049, 16)
+    assert_close(
+        run('cpu', *tensors, 'sot_qk', iters=2, reg=reg), expected(*tensors, 'sot_qk', reg, iters=2),
+        slack=10. if reg < 0.05 else 1.)
+
+
 @pytest.mark.parametrize('reg', [0.02, 0.1])
 @pytest.mark.parametrize('iters', [1, 2, cpu.MAX_KEPT_ITERS, cpu.MAX_KEPT_ITERS + 1, 100])
 def test_iterations(iters, reg):

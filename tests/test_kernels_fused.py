@@ -55,7 +55,8 @@ needs_cuda = pytest.mark.skipif(not HAS_CUDA, reason='needs a GPU')
     ('cpu', torch.bfloat16, 64, 200, None, 'cpu'),
     ('cpu', torch.float64, 64, 64, None, 'eager'),
     ('cpu', torch.float32, 64, 64, 0.1, 'cpu'),
-    ('cpu', torch.float32, 65536, 64, None, 'eager'),
+    ('cpu', torch.float32, 8192, 64, None, 'cpu'),
+    ('cpu', torch.float32, 8193, 64, None, 'eager'),
     ('meta', torch.float32, 64, 64, None, 'eager'),
     ('mps', torch.float32, 64, 64, None, 'eager'),
 ])

@@ -28,9 +28,9 @@ __all__ = [
     'work',
 ]
 
-# The matrices of one problem leave the cache long before, and the distance to softmax attention grows from 1.3 to 2
-# times its time; but this is the largest size that was measured.
-MAX_TOKENS = 2048
+# The matrices of one problem leave the cache long before, and the distance to softmax attention grows to 4 times its
+# time; but plain torch takes twice to three times as long as the loops, and this is the largest size that was measured.
+MAX_TOKENS = 8192
 
 # The scaling vectors of more iterations than this are not kept for the backward pass but found again.
 MAX_KEPT_ITERS = 16
