@@ -149,6 +149,8 @@ def test_room_for_epochs(monkeypatch):
     ({'/proc/meminfo': 'MemTotal: 1 kB\nMemFree: 5 kB\n'}, 16.),
     ({'/sys/fs/cgroup/memory.max': 'max\n', '/sys/fs/cgroup/memory.current': '1\n'}, 16.),
     ({'/sys/fs/cgroup/memory.max': f'{5 << 30}\n', '/sys/fs/cgroup/memory.current': f'{3 << 30}\n'}, 2.),
+    ({'/sys/fs/cgroup/memory.max': f'{5 << 30}\n', '/sys/fs/cgroup/memory.current': f'{3 << 30}\n',
+      '/sys/fs/cgroup/memory.stat': f'anon 5\ninactive_file {1 << 30}\nactive_file 7\n'}, 3.),
     ({'/sys/fs/cgroup/memory.max': '1\n', '/sys/fs/cgroup/memory.current': '3\n'}, 0.),
 ])
 def test_free_memory(monkeypatch, files, gigabytes):

@@ -178,6 +178,9 @@ def free_memory() -> float:
         free = 1024 * int(re.search(r'^MemAvailable: +(\d+) kB', text, re.M)[1])
     with suppress(OSError, ValueError):  # of a container, where it has a limit
         limit, used = (int(Path('/sys/fs/cgroup', f'memory.{name}').read_text()) for name in ('max', 'current'))
+        with suppress(OSError, TypeError):  # files that were read count as used, and are given up when need be
+            text = Path('/sys/fs/cgroup/memory.stat').read_text()
+            used -= int(re.search(r'^inactive_file (\d+)', text, re.M)[1])
         free = min(free, limit - used)
     return max(0., free)
 
