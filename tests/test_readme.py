@@ -120,6 +120,24 @@ def test_results_are_those_of_the_report():
             assert row in report, row
 
 
+def test_what_was_tried_is_in_the_reports():
+    table = README.split('| form | epochs | n |')[1].split('\n\n')[0]
+    rows = re.findall(r'^\| `(\w+)` \| (\d+) \| (\d) \| (.*?) \| (.*?) \| (?:(\S+) \(`(\w+)`\) )?\|$', table, re.M)
+    assert len(rows) == table.count('\n') - 1 >= 20
+    reports = {10: 'candidates', 5: 'screening'}
+    reports = {n: (ROOT / 'hub' / 'study' / name / 'report.md').read_text() for n, name in reports.items()}
+    for name, epochs, n, top1, minus_softmax, minus_control, control in rows:
+        last = reports[int(epochs)].split('Best epoch')[0]
+        candidate, top1 = rf'\| `cct_2 candidate={name}` \|', re.escape(top1)
+        row = rf'{candidate} {n} \| {top1} \| [^|]+ \| {re.escape(minus_softmax)} \|'
+        assert re.search(row, last), row
+        control_row = rf'{candidate} {top1} \| `cct_2 candidate=(\w+)` \| [^|]+ \| (\S+) \|'
+        assert re.findall(control_row, reports[int(epochs)]) == ([(control, minus_control)] if control else []), name
+    for text in reports.values():  # nothing is left out
+        measured = set(re.findall(r'^\| `cct_2 candidate=(\w+)` \| \d', text, re.M))
+        assert measured <= {row[0] for row in rows}
+
+
 def test_links_lead_somewhere():
     for page, folder in ((README, ROOT), (STUDY, ROOT / 'hub' / 'study'), (FIGURES, ROOT / 'hub' / 'figures')):
         for link in re.findall(r'\]\(([^)]+)\)', page):
