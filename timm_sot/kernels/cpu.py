@@ -136,12 +136,17 @@ def count_iterations(
 ) -> int:
     """How many iterations run until `tol` stops them, for all problems together: `iters` at most.
 
-    They are found in a forward pass of all `iters` iterations that keeps the scaling vectors, for which the matrices
-    are in cache: a fifth of the time of plain torch that stops.
+    They are found in a forward pass of all `iters` iterations that keeps the scaling vectors, since its matrices are in
+    cache: it takes a fifth to a half of the time in which plain torch counts, which stops.
 
     Args:
-        q: Queries, and so are the others arguments of `sot_attention_forward`, but for
+        q: As `sot_attention_forward`, and so are the others but `tol`.
+        k: See there.
+        operand: See there.
+        reg: See there.
+        iters: See there.
         tol: Bound of the mean over all problems of sum_i |u_i - previous u_i|, in units of the cost.
+        distance: See there.
     """
     from .cpu_loops import attention_forward
 
