@@ -23,7 +23,7 @@ from kernels import (
 from timm_sot.kernels import cpu, threads
 from timm_sot.kernels.fused import fused_sot_attention
 from timm_sot.kernels.threads import loops_work
-from timm_sot.solver import count_iterations
+from timm_sot.solver import iterate_step_by_step
 from timm_sot.transform import pairwise_cost
 
 pytestmark = pytest.mark.skipif(not loops_work(), reason='needs numba')
@@ -83,11 +83,26 @@ def test_count_of_iterations(operand, reg, distance):
     y = {'q': x, 'qk': k.double(), 'qkt': k.double().transpose(-2, -1)}[operand]
     log_kernel = (pairwise_cost(x, y, distance, 'row') / -reg).masked_fill(torch.eye(20, dtype=torch.bool), -math.inf)
     counts = []
-    for iters in (7, cpu.MAX_KEPT_ITERS + 5):
+    for iters in (7, 2 * cpu.MAX_KEPT_ITERS + 5):
         for tol in (1e9, 0.3, 0.1, 1e-2, 1e-4, 0.):
             counts.append(cpu.count_iterations(q, k, operand, reg, iters, tol, distance))
-            assert counts[-1] == count_iterations(log_kernel, iters, tol / reg, None)
+            assert counts[-1] == iterate_step_by_step(log_kernel, iters, tol / reg, None)[2]
     assert len(set(counts)) >= 4
+
+
+def test_count_does_not_run_all_that_it_may(monkeypatch):
+    q, k, _, _ = make_inputs(1, 2, 20, 16)
+    ran = []
+    count = cpu._count_iterations
+    monkeypatch.setattr(cpu, '_count_iterations', lambda *args: (ran.append(args[4]), count(*args))[1])
+    assert cpu.count_iterations(q, k, 'qk', 0.1, 10 ** 9, 0.1) < 10
+    assert ran == [cpu.MAX_KEPT_ITERS]
+
+
+def test_count_of_iterations_with_another_default_device():
+    q, k, _, _ = make_inputs(1, 2, 20, 16)
+    with torch.device('meta'):
+        assert cpu.count_iterations(q, k, 'qk', 0.1, 9, 0.1) < 9
 
 
 @pytest.mark.parametrize('bad', [math.nan, math.inf, 1e30])

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 from timm.data import IterableImageDataset
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, get_worker_info
 from torchvision import datasets
 
 from timm_sot.errors import UserError
@@ -148,15 +148,23 @@ def test_archive_that_cannot_be_unpacked(digits_dir, tmp_path, monkeypatch, erro
 def test_images_without_a_number():
     """Datasets that are read in order, such as those of tfds and webdataset."""
     class Reader:
+        def __init__(self, labels):
+            self.labels = labels
+
         def __len__(self):
-            return 3
+            return len(self.labels)
 
         def __iter__(self):
-            return ((Image.new('RGB', (8, 8), (60 * i,) * 3), i) for i in range(3))
+            worker = get_worker_info()
+            first, step = (worker.id, worker.num_workers) if worker else (0, 1)
+            return ((Image.new('RGB', (2, 2), (i % 256,) * 3), i) for i in self.labels[first::step])
 
-    decoded = decode(IterableImageDataset('stub', reader=Reader()), (8, 8))
-    assert decoded.labels.tolist() == [0, 1, 2]
-    assert decoded.images[:, 0, 0, 0].tolist() == [0, 60, 120]
+    for number in (3, 2600):
+        decoded = decode(IterableImageDataset('stub', reader=Reader(range(number))), (2, 2), workers=2)
+        assert decoded.labels.tolist() == [*range(number)], 'in their order, whatever the number of workers'
+        assert decoded.images[:, 0, 0, 0].tolist() == [i % 256 for i in range(number)]
+    with pytest.raises(UserError, match='images without a label'):
+        decode(IterableImageDataset('stub', reader=Reader([0, -1])), (2, 2))
 
 
 def test_subset():

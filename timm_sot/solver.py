@@ -42,7 +42,7 @@ def sinkhorn(
     and the plan is log P = L + u + v. The column sums of P are exact, the row sums converge to r. It is Cuturi's
     'Sinkhorn Distances' (https://arxiv.org/abs/1306.0895) in the log domain. The gradient is that of the iterations
     that ran, not of their limit. The backward pass keeps the log-kernel alone, however many they were; for a second
-    derivative every step.
+    derivative every step. With `tol` what is to be differentiated iterates twice: to count, and as many times.
 
     Args:
         log_kernel: Log-kernel of shape (..., N, M), -cost / reg in transport. Entries may be -inf (no mass there, zero
@@ -118,14 +118,11 @@ def solve(
         return solve_step_by_step(log_kernel, iters, tol, row_mass)
     else:
         if tol is not None:
-            iters = count_iterations(log_kernel, iters, tol, row_mass)
+            with torch.no_grad():
+                u, v, iters = iterate_step_by_step(log_kernel, iters, tol, row_mass)
+            if not (torch.is_grad_enabled() and log_kernel.requires_grad):
+                return log_kernel + u + v
         return kernel.sinkhorn(log_kernel, iters, row_mass, kernel.scaling_is_safe(spread, log_kernel.dtype))
-
-
-@torch.no_grad()
-def count_iterations(log_kernel: torch.Tensor, iters: int, tol: float, row_mass: Optional[float]) -> int:
-    """How many iterations run until `tol` stops them, at most `iters`, for what then runs a number that it is given."""
-    return iterate_step_by_step(log_kernel, iters, tol, row_mass)[2]
 
 
 def solve_step_by_step(

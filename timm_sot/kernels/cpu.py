@@ -89,7 +89,7 @@ def work(q: torch.Tensor, iters: int) -> int:
 
 def seed_number(seed: Optional[torch.Tensor]) -> Any:
     """The seed of dropout as a numpy vector of one number, which is not looked at where there is no dropout."""
-    return (torch.zeros(1, dtype=torch.int64) if seed is None else seed.detach().reshape(1)).numpy()
+    return (torch.zeros(1, dtype=torch.int64, device='cpu') if seed is None else seed.detach().reshape(1)).numpy()
 
 
 def sot_attention_forward(
@@ -136,8 +136,9 @@ def count_iterations(
 ) -> int:
     """How many iterations run until `tol` stops them, for all problems together: `iters` at most.
 
-    They are found in a forward pass of all `iters` iterations that keeps the scaling vectors, since its matrices are in
-    cache: it takes a fifth to a half of the time in which plain torch counts, which stops.
+    They are found in a forward pass that keeps the scaling vectors of MAX_KEPT_ITERS iterations, and of twice as many
+    as long as these do not do: its matrices are in cache, so that with 10 iterations it takes a fifth to a half of the
+    time in which plain torch counts, which stops.
 
     Args:
         q: As `sot_attention_forward`, and so are the others but `tol`.
@@ -148,6 +149,25 @@ def count_iterations(
         tol: Bound of the mean over all problems of sum_i |u_i - previous u_i|, in units of the cost.
         distance: See there.
     """
+    most = MAX_KEPT_ITERS
+    while most < iters:
+        count = _count_iterations(q, k, operand, reg, most, tol, distance)
+        if count <= most:
+            return count
+        most *= 2
+    return min(iters, _count_iterations(q, k, operand, reg, iters, tol, distance))
+
+
+def _count_iterations(
+        q: torch.Tensor,
+        k: torch.Tensor,
+        operand: str,
+        reg: float,
+        iters: int,
+        tol: float,
+        distance: str,
+) -> int:
+    """`count_iterations`, or more than `iters` if that many are not enough."""
     from .cpu_loops import attention_forward
 
     B, H, N, _ = q.shape
@@ -159,11 +179,11 @@ def count_iterations(
         H, *flat(q), *flat(q if operand == 'q' else k), *flat(q), *flat(out), saved.numpy(), seed_number(None),
         *numbers, True, dropout)
     if not out.isfinite().all():  # there are no vectors of a problem that is not, and its changes are above any bound
-        return iters
+        return iters + 1
     u = saved[:, N + 1::2, :N]  # (B * H, iters, N)
     u = u * math.log(2) if reg < SCALING_MIN_REG else u.log()
     changes = reg * u.diff(dim=1, prepend=torch.zeros_like(u[:, :1])).abs().sum(dim=2).mean(dim=0)
-    return min(iters, int((changes >= tol).long().cumprod(dim=0).sum()) + 1)
+    return int((changes >= tol).long().cumprod(dim=0).sum()) + 1
 
 
 def sot_attention_backward(

@@ -189,8 +189,12 @@ def decode(dataset, img_size: Tuple[int, int], workers: int = 0) -> Images:
         dataset = _Files(dataset, transform)
     else:
         dataset.transform = transform
-    batches = list(DataLoader(dataset, batch_size=256, num_workers=workers if len(dataset) > 2000 else 0))
+    # workers would mix what is read in order, and as many as there are would be seen in the fingerprint
+    workers = workers if len(dataset) > 2000 and not isinstance(dataset, IterableDataset) else 0
+    batches = list(DataLoader(dataset, batch_size=256, num_workers=workers))
     images, labels = (torch.cat(parts) for parts in zip(*batches))
+    if not isinstance(dataset, _Files) and (labels < 0).any():
+        raise UserError('it has images without a label, choose a split that has labels.')
     for i in (labels == UNREADABLE).nonzero().flatten().tolist():
         try:
             dataset.read(i)
