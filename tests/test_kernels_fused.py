@@ -11,6 +11,7 @@ import torch._inductor.config
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
@@ -173,10 +174,11 @@ def test_agrees_with_eager(path, variant, distance):
 
 
 @pytest.mark.skipif(not fused.cpu_works(), reason='needs numba')
-@pytest.mark.parametrize('reg, tol, ran', [(0.025, 0.1, (2, 6)), (0.1, 0.1, (2, 6)), (0.1, 1e9, (1, 1)), (0.1, 0., (7, 7))])
+@pytest.mark.parametrize('reg, tol, ran', [
+    (0.025, 0.1, (2, 6)), (0.1, 0.1, (2, 6)), (0.1, 1e9, (1, 1)), (0.1, 0., (7, 7))])
 @pytest.mark.parametrize('variant', VARIANTS)
 def test_early_stop(monkeypatch, variant, reg, tol, ran):
-    """On a CPU the host counts the iterations that `tol` lets run, over all problems, and the fused loops run as many."""
+    """On a CPU the host counts the iterations that `tol` lets run, and the fused loops run as many."""
     operands, softmax, _ = ALL_VARIANTS[variant]
     given = []
     monkeypatch.setattr(fused, 'sot_attention', lambda *args: (given.append(args[6]), SOT(*args))[1])
@@ -191,6 +193,18 @@ def test_early_stop(monkeypatch, variant, reg, tol, ran):
     assert len(given) == 1
     for actual, wanted in zip(*results):
         assert (actual is None) == (wanted is None) and (actual is None or error(actual, wanted) < 1e-4)
+
+
+@pytest.mark.skipif(not fused.cpu_works(), reason='needs numba')
+def test_early_stop_where_nothing_can_be_counted():
+    """What compiles, or has no data, takes plain torch, of which both know what to say."""
+    q, k, v, _ = make_inputs(2, 2, 16, 16, device='cpu')
+    args = 'qk', True, 'euclidean', 0.1, 7, 0.1
+    torch._dynamo.reset()
+    compiled = torch.compile(attention.sot_attention, backend='eager')
+    assert error(compiled(q, k, v, *args), attention.sot_attention(q, k, v, *args)) < 1e-5
+    with FakeTensorMode() as mode, pytest.raises(DataDependentOutputException):
+        attention.sot_attention(*(mode.from_tensor(x) for x in (q, k, v)), *args)
 
 
 @pytest.mark.parametrize('bad', [math.nan, math.inf])
