@@ -67,7 +67,8 @@ def make_inputs(B, H, N, D, dtype=torch.float32, scale=1., seed=0, device=DEVICE
 def settings(q, variant, reg=0.1, iters=10, p=0., distance='euclidean', scale=None):
     """The arguments of the implementations behind q, k and v."""
     seed = torch.tensor(123, device=q.device) if p else None
-    return (*attention.VARIANTS[variant][:2], reg, iters, q.shape[-1] ** -0.5 if scale is None else scale, p, seed, distance)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    return (*attention.VARIANTS[variant][:2], reg, iters, scale, p, seed, distance)
 
 
 def run(path, q, k, v, grad, variant='sot_qk', **kwargs):

@@ -124,7 +124,7 @@ def attention_weights(q, k, variant, reg=0.1, iters=10, tol=None, distance='eucl
 
 
 def shares_attention_weights(q, k, log_reg, share, iters):
-    """Queries and keys (B, H, N, d), parameters of the heads (H, 1, 1) and (H, d, 1), to attention weights (B, H, N, N).
+    """Queries and keys (B, H, N, d), parameters of the heads (H, 1, 1) and (H, d, 1), to weights (B, H, N, N).
 
     A plan whose rows have mass 1 and whose columns have N times softmax_j(w.k_j), columns first.
     """

@@ -31,7 +31,8 @@ def test_sinkhorn_contenders_agree():
     assert torch.allclose(contenders.plain_sinkhorn(log_kernel), expected, atol=1e-4)
     if pot := contenders.import_pot():
         mass = torch.full((2, 8), 1 / 8)
-        plan = pot.bregman_log_projection_batch(log_kernel, mass, mass, max_iter=contenders.ITERS, tol=0., grad='autodiff')
+        plan = pot.bregman_log_projection_batch(
+            log_kernel, mass, mass, max_iter=contenders.ITERS, tol=0., grad='autodiff')
         assert torch.allclose(plan['log_T'], expected, atol=1e-4)
 
 

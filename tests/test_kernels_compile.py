@@ -17,7 +17,8 @@ def needs(which):
     env = {name: value for name, value in os.environ.items() if name != 'TRITON_INTERPRET'}
     env['PYTHONPATH'] = str(here.parent)
     out = subprocess.run(
-        [sys.executable, str(here / 'compile_kernels.py'), which], env=env, check=True, stdout=subprocess.PIPE, text=True)
+        [sys.executable, str(here / 'compile_kernels.py'), which],
+        env=env, check=True, stdout=subprocess.PIPE, text=True)
     return json.loads(out.stdout.splitlines()[-1])
 
 

@@ -153,7 +153,8 @@ def test_compile_fake_and_meta():
     assert all(map(torch.equal, actual, gradients(lambda x, y: euclidean_distance(x, y).square(), x, y)))
     with FakeTensorMode():
         assert euclidean_distance(torch.randn(2, 6, 4), torch.randn(2, 5, 4)).shape == (2, 6, 5)
-    assert euclidean_distance(torch.randn(2, 6, 4, device='meta'), torch.randn(2, 5, 4, device='meta')).shape == (2, 6, 5)
+    x, y = torch.randn(2, 6, 4, device='meta'), torch.randn(2, 5, 4, device='meta')
+    assert euclidean_distance(x, y).shape == (2, 6, 5)
 
 
 def test_second_derivative():

@@ -192,7 +192,7 @@ def test_loops_are_as_exact_as_plain_torch(monkeypatch, shape, spread):
 
 
 def drifting():
-    """Log-kernels to which no plan has the marginals: the scaling vectors drift apart, by a factor of 3 an iteration."""
+    """Log-kernels to which no plan has the marginals: the scaling vectors drift apart, threefold an iteration."""
     blocked = torch.tensor([[0, 1, 1, 1], [0, 1, 1, 1], [0, 1, 1, 1], [0, 0, 0, 0]], dtype=torch.bool)
     return make_log_kernel(3, 4, 4, dtype=torch.float32).masked_fill(blocked, -math.inf)
 
@@ -241,7 +241,8 @@ def test_loops_do_not_mind_offsets():
     """Of rows no offset matters, of columns it does not leave the range that the rows have."""
     log_kernel = make_log_kernel(6, 20, 30, dtype=torch.float32)
     for rows, columns in ((300., 0.), (0., 12.), (300., 12.), (3000., 1000.)):
-        offset = log_kernel + rows * make_log_kernel(6, 20, 1, seed=1).float() + columns * make_log_kernel(1, 30).float()
+        offset = (
+            log_kernel + rows * make_log_kernel(6, 20, 1, seed=1).float() + columns * make_log_kernel(1, 30).float())
         plan, grad = gradient(lambda x: sinkhorn(x, 10, None, False), offset)
         wanted, wanted_grad = gradient(lambda x: solve_step_by_step(x, 10, None, None), offset.double())
         bar = 2e-7 * (10 + rows + columns)

@@ -155,7 +155,8 @@ def test_inline_names_exist(own_options):
         assert timm.is_model(name), name
     for name in re.findall(r'`([\w-]+\.yaml)`', README):
         assert (ROOT / 'train_configs' / name).exists(), name
-    for name in re.findall(r'`(sot_(?:reg|iters|tol)|pos_embed|kernel_size|n_conv_layers|dynamic_img_size|attn)`', README):
+    argument = r'`(sot_(?:reg|iters|tol)|pos_embed|kernel_size|n_conv_layers|dynamic_img_size|attn)`'
+    for name in re.findall(argument, README):
         assert name in CCT.__init__.__annotations__, name
 
 

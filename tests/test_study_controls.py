@@ -15,7 +15,8 @@ def test_control(model, kwargs, control):
     assert control_of(model, control) is None, 'of a control there is none'
 
 
-@pytest.mark.parametrize('model, kwargs', [('cct_2', {}), ('cct_2_sot_qk', {'sot_reg': 0.1}), ('cct_2', {'attn': 'sot_q'})])
+@pytest.mark.parametrize(
+    'model, kwargs', [('cct_2', {}), ('cct_2_sot_qk', {'sot_reg': 0.1}), ('cct_2', {'attn': 'sot_q'})])
 def test_rows_without_a_control(model, kwargs):
     assert control_of(model, kwargs) is None
 

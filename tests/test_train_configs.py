@@ -7,7 +7,8 @@ import yaml
 from timm.scheduler import create_scheduler_v2
 from timm_scripts import TRAIN_OPTIONS, VALIDATE_OPTIONS
 
-CONFIGS = {path.stem: yaml.safe_load(path.read_text()) for path in Path(__file__).parents[1].glob('train_configs/*.yaml')}
+CONFIGS = {
+    path.stem: yaml.safe_load(path.read_text()) for path in Path(__file__).parents[1].glob('train_configs/*.yaml')}
 
 
 @pytest.mark.parametrize('name', CONFIGS)
