@@ -1,4 +1,4 @@
-"""The calls that timm's train.py makes, from the installed timm; train.py itself where TIMM_SCRIPTS names its folder."""
+"""The calls that timm's train.py makes, from the installed timm; train.py itself if TIMM_SCRIPTS names its folder."""
 import csv
 import itertools
 import os
