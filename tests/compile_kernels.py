@@ -14,12 +14,13 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from timm_sot.kernels import onchip, onchip_shares, streamed, streamed_shares
+from timm_sot.kernels import onchip, onchip_shares, streamed, streamed_shares, strips
 
 POINTERS = {torch.float32: '*fp32', torch.bfloat16: '*bf16', torch.float16: '*fp16'}
 INDICES = {'index_ptr', 'row_max_index_ptr', 'largest_i_ptr', 'largest_j_ptr'}
 MATRICES = {
-    'q_ptr', 'k_ptr', 'x_ptr', 'y_ptr', 'value_ptr', 'grad_out_ptr', 'grad_q_ptr', 'grad_k_ptr', 'grad_value_ptr'}
+    'q_ptr', 'k_ptr', 'x_ptr', 'y_ptr', 'value_ptr', 'grad_out_ptr', 'grad_q_ptr', 'grad_k_ptr', 'grad_value_ptr',
+    'grad_x_ptr', 'grad_y_ptr'}
 UNIT_STRIDES = {'stride_kd', 'stride_gd', 'stride_yd', 'stride_outd', 'stride_d'}
 FLOATS = {'reg', 'scale', 'keep_factor', 'log2_mass'}
 
@@ -91,6 +92,19 @@ def onchip_shares_needs():
         for way in ('forward', 'backward'):
             options = getattr(onchip, f'_{way}_config')(constants['BLOCK_N'], constants['BLOCK_D'], dtype)
             yield f'{way} {name}', needs(getattr(onchip_shares, f'_{way}_kernel'), dtype, constants, **options)
+
+
+def strips_needs():
+    for name, dtype, operands, dropout_p in (
+            ('bf16', torch.bfloat16, 'qk', 0.), ('bf16 sot_q dropout', torch.bfloat16, 'q', 0.1),
+            ('f16', torch.float16, 'qk', 0.)):
+        q = torch.empty(1, 1, 256, 64, dtype=dtype)
+        constants = strips._specialized(q, operands, True, 0.1, dropout_p, 'euclidean')
+        for kernel, options in (
+                (strips._forward_kernel, strips.FORWARD), (strips._plan_gradient_kernel, strips.BACKWARD),
+                (strips._adjoint_kernel, strips.BACKWARD), (strips._cost_gradient_kernel, strips.BACKWARD)):
+            own = {k: v for k, v in constants.items() if k in kernel.arg_names}
+            yield f'{kernel.__name__} {name}', needs(kernel, dtype, own, **options)
 
 
 def needs_by_axis(module, names, constants, dtype=torch.bfloat16, **options):

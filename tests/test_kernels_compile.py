@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from timm_sot.kernels.fused import STRIPS_BYTES
+
 pytest.importorskip('triton')
 SHARED_MEMORY = 227 * 1024  # of one program on Hopper
 
@@ -35,6 +37,12 @@ def test_onchip_shares():
         assert need['shared'] <= SHARED_MEMORY, (name, need)
         if name == 'forward bf16 64':
             assert need['stack'] <= 256, (name, need)
+
+
+def test_strips():
+    for name, need in needs('strips').items():
+        assert need['shared'] <= STRIPS_BYTES, (name, need)
+        assert need['stack'] <= (256 if '_gradient_kernel' in name else 0), (name, need)  # these go over them once
 
 
 def test_streamed():

@@ -47,6 +47,11 @@ needs_cuda = pytest.mark.skipif(not HAS_CUDA, reason='needs a GPU')
     ('cuda', torch.float16, 1, 16, None, 'onchip'),
     ('cuda', torch.float32, 128, 64, None, 'onchip'),
     ('cuda', torch.float32, 64, 128, None, 'onchip'),
+    ('cuda', torch.bfloat16, 129, 64, None, 'strips'),
+    ('cuda', torch.float16, 256, 16, None, 'strips'),
+    ('cuda', torch.bfloat16, 257, 64, None, 'streamed'),
+    ('cuda', torch.bfloat16, 197, 65, None, 'streamed'),
+    ('cuda', torch.float32, 197, 64, None, 'streamed'),
     ('cuda', torch.float32, 129, 128, None, 'streamed'),
     ('cuda', torch.bfloat16, 65536, 64, None, 'streamed'),
     ('cuda', torch.bfloat16, 64, 129, None, 'eager'),
@@ -86,6 +91,7 @@ def test_rule(monkeypatch, device, dtype, tokens, width, tol, path):
     (torch.float32, 500, 128, 'streamed', 'eager', 'eager'),
     (torch.bfloat16, 128, 64, 'onchip', 'onchip', 'onchip'),
     (torch.float16, 128, 128, 'onchip', 'onchip', 'streamed'),
+    (torch.bfloat16, 197, 64, 'strips', 'streamed', 'streamed'),
 ])
 def test_rule_leaves_out_what_does_not_fit(monkeypatch, dtype, tokens, width, hopper, ampere, small):
     """Shared memory of a program: 227 KiB on Hopper, 163 KiB on an A100, 99 KiB on smaller GPUs of its generation."""
@@ -682,7 +688,7 @@ def test_cuda_graph():
 def test_many_problems():
     """More than one dimension of a CUDA grid holds."""
     q, k, v, _ = make_inputs(70000, 1, 4, 16, torch.bfloat16)
-    for path in ('onchip', 'streamed'):
+    for path in ('onchip', 'strips', 'streamed'):
         many, _ = SOT(q, k, v, *settings(q, 'sot_qk', iters=2), path)
         few, _ = SOT(q[-3:], k[-3:], v[-3:], *settings(q, 'sot_qk', iters=2), path)
         assert torch.equal(many[-3:], few)

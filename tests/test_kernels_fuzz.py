@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import shares
-from kernels import PATHS, VARIANTS, assert_close, device_of, expected, make_inputs, run
+from kernels import PATHS, SHARES_PATHS, VARIANTS, assert_close, device_of, expected, make_inputs, run
 from timm_sot.attention import MIN_REG
 
 pytest.importorskip('hypothesis')
@@ -73,7 +73,7 @@ def test_never_nan(path, variant, seed, N, D, dtype, layout, reg, scale, iters, 
     degenerate_rows=st.booleans(),
 )
 @settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-@pytest.mark.parametrize('path', PATHS)
+@pytest.mark.parametrize('path', SHARES_PATHS)
 def test_shares_never_nan(path, seed, N, D, dtype, layout, reg, share, scale, iters, degenerate_rows):
     dtype = getattr(torch, dtype)
     q, k, v, *learned, grad = shares.inputs(

@@ -6,17 +6,13 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import reference
-from kernels import BARS, HAS_TRITON, degenerate, device_of
+from kernels import BARS, CPU, ONCHIP, STREAMED, degenerate, device_of
 from shares import NAMES, assert_close, expected, inputs, parameters, run
 from timm_sot.attention import MIN_REG
 from timm_sot.kernels.shares import fused_shares_attention, shares_attention, shares_attention_backward
-from timm_sot.kernels.threads import loops_work
 
-CPU = pytest.param('cpu', marks=pytest.mark.skipif(not loops_work(), reason='needs numba'))
-ONCHIP = pytest.param('onchip', marks=pytest.mark.skipif(not HAS_TRITON, reason='needs triton'))
-STREAMED = pytest.param('streamed', marks=[
-    pytest.mark.skipif(not HAS_TRITON, reason='needs triton'), pytest.mark.slow])  # where it is interpreted
-ON_ALL = pytest.mark.parametrize('path', [CPU, ONCHIP, STREAMED])
+ON_ALL = pytest.mark.parametrize(
+    'path', [CPU, ONCHIP, pytest.param(*STREAMED.values, marks=[*STREAMED.marks, pytest.mark.slow])])
 ON_QUICK = pytest.mark.parametrize('path', [CPU, ONCHIP])  # the rest of `streamed`: test_kernels_streamed_shares.py
 ON_CPU = pytest.mark.parametrize('path', [CPU])
 

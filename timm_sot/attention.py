@@ -186,7 +186,7 @@ def shares_attention(
         dropout_p: Dropout probability of the weights.
     """
     if not torch.jit.is_scripting():
-        path = attention_path(q, k, v)
+        path = attention_path(q, k, v, strips=False)
         if path != 'eager':
             return _fused_shares_attention(q, k, v, log_reg, share, iters, dropout_p, path)
     return F.dropout(shares_attention_weights(q, k, log_reg, share, iters), dropout_p) @ v
@@ -211,13 +211,19 @@ def _fused_shares_attention(
         return fused_shares_attention(q, k, v, scale, shares, iters, dropout_p, path)
 
 
-def attention_path(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tol: Optional[float] = None) -> str:
+def attention_path(
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        tol: Optional[float] = None,
+        strips: bool = True,
+) -> str:
     """What computes the attention of these tensors, as `choose_path`; plain torch what broadcasts, or does not fit."""
     if not operators_work() or not q.shape == k.shape == v.shape:
         return 'eager'
     if tol is not None and (torch.compiler.is_compiling() or isinstance(q, FakeTensor)):  # the stop depends on data
         return 'eager'
-    return choose_path(q.device, v.dtype, q.shape[-2], q.shape[-1], tol)
+    return choose_path(q.device, v.dtype, q.shape[-2], q.shape[-1], tol, strips)
 
 
 def log_shares(k: torch.Tensor, share: torch.Tensor) -> torch.Tensor:

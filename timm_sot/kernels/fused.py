@@ -23,12 +23,17 @@ HAS_TRITON = torch.version.cuda is not None and importlib.util.find_spec('triton
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 ONCHIP_MAX_TOKENS = 128  # above, an N x N matrix in float32 no longer fits into the registers of one program
-TRITON_MAX_WIDTH = 128  # above, nor do the queries, keys and values of a tile into its memory
+STRIPS_MAX_TOKENS = 256  # above, nor do all keys and values into its memory, nor a strip's rows into its registers
+STRIPS_MAX_WIDTH = 64
+TRITON_MAX_WIDTH = 128  # above, nor do the queries, keys and values of a tile
 
 # Shared memory that a Triton program takes in the backward pass, the larger of the two: bytes for each of its rows x
 # width, where these are 64 or 128, as compiled for Ampere. For Hopper float32 takes up to 28, which its 227 KiB hold
 # (tests/test_kernels_compile.py). What is smaller fits into the least that a supported GPU has.
 FLOAT32_BYTES, HALF_BYTES = 24, 9
+# All that `strips` takes, for its most tokens and width. It is more than Ampere has, for which the gradients' kernels do
+# not fit into the registers.
+STRIPS_BYTES = 168 * 1024
 LEAST_SHARED_MEMORY = 99 * 1024
 
 
@@ -55,6 +60,7 @@ def choose_path(
         tokens: int,
         head_width: int,
         tol: Optional[float] = None,
+        strips: bool = True,
 ) -> str:
     """What computes SOT attention: the one rule.
 
@@ -64,9 +70,10 @@ def choose_path(
         tokens: Number of tokens.
         head_width: Width of a head.
         tol: Early stop of the iterations, which couples the images of a batch; on a GPU the host would wait for it.
+        strips: Whether there are kernels of this attention that go through its matrices in strips of rows.
 
     Returns:
-        'onchip' or 'streamed' for the Triton kernels, 'cpu' for the fused loops, 'eager' for plain torch.
+        'onchip', 'strips' or 'streamed' for the Triton kernels, 'cpu' for the fused loops, 'eager' for plain torch.
     """
     if dtype not in DTYPES or (tol is not None and device.type != 'cpu'):
         return 'eager'
@@ -74,8 +81,10 @@ def choose_path(
         memory = triton_memory(device)
         row = (FLOAT32_BYTES if dtype == torch.float32 else HALF_BYTES) * (64 if head_width <= 64 else 128)
         if head_width <= TRITON_MAX_WIDTH and 64 * row <= memory:
-            fits = (64 if tokens <= 64 else 128) * row <= memory
-            return 'onchip' if tokens <= ONCHIP_MAX_TOKENS and fits else 'streamed'
+            if tokens <= ONCHIP_MAX_TOKENS and (64 if tokens <= 64 else 128) * row <= memory:
+                return 'onchip'
+            strips &= dtype != torch.float32 and ONCHIP_MAX_TOKENS < tokens <= STRIPS_MAX_TOKENS
+            return 'strips' if strips and head_width <= STRIPS_MAX_WIDTH and STRIPS_BYTES <= memory else 'streamed'
     elif device.type == 'cpu':
         if cpu_works() and tokens <= cpu.MAX_TOKENS:
             return 'cpu'

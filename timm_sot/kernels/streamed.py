@@ -71,16 +71,18 @@ def _log_kernel(costs, row_max, i, j, N, reg):
 
 
 @triton.jit
-def _dropout_factor(seed_ptr, problem, i, j_start, drop_below, keep_factor, BLOCK: tl.constexpr):
+def _dropout_factor(
+        seed_ptr, problem, i, j_start, drop_below, keep_factor, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):
     """0 or `keep_factor` for each weight of a tile: a function of seed, problem, row and column alone."""
     seed = tl.load(seed_ptr)
-    zero = tl.zeros([BLOCK, BLOCK // 4], tl.int32)
-    columns = zero + (j_start // 4 + tl.arange(0, BLOCK // 4))[None, :]
+    zero = tl.zeros([ROWS, COLUMNS // 4], tl.int32)
+    columns = zero + (j_start // 4 + tl.arange(0, COLUMNS // 4))[None, :]
     r0, r1, r2, r3 = tl.philox(seed, zero + i[:, None], columns, zero + problem, zero)
     keep = tl.join(
         tl.join(_signed(r0) >= drop_below, _signed(r1) >= drop_below),
         tl.join(_signed(r2) >= drop_below, _signed(r3) >= drop_below))
-    return tl.where(tl.reshape(keep, [BLOCK, BLOCK]), keep_factor, 0.)
+    return tl.where(tl.reshape(keep, [ROWS, COLUMNS]), keep_factor, 0.)
 
 
 @triton.jit
@@ -120,7 +122,7 @@ def _tile_gradients(
         weights *= denominator[:, None]
         dropped = weights
     if DROPOUT:
-        factor = _dropout_factor(seed_ptr, problem, i, j_start, drop_below, keep_factor, BLOCK)
+        factor = _dropout_factor(seed_ptr, problem, i, j_start, drop_below, keep_factor, BLOCK, BLOCK)
         dropped = weights * factor
         grad *= factor
     if SOFTMAX:
@@ -276,7 +278,7 @@ def _output_kernel(
         weights = _weights(scaled, j, N, scale, SOFTMAX)
         denominator += tl.sum(weights, 1)
         if DROPOUT:
-            weights *= _dropout_factor(seed_ptr, problem, i, start, drop_below, keep_factor, BLOCK)
+            weights *= _dropout_factor(seed_ptr, problem, i, start, drop_below, keep_factor, BLOCK, BLOCK)
         value = _load(value_ptr, j, stride_vn, 1, N, D, BLOCK_D)
         out += tl.dot(weights.to(value.dtype), value, input_precision=PRECISION)
     if SOFTMAX:
@@ -326,7 +328,7 @@ def _softmax_sums_kernel(
         weights = _weights(scaled, j, N, scale, True)
         denominator += tl.sum(weights, 1)
         if DROPOUT:
-            weights *= _dropout_factor(seed_ptr, problem, i, start, drop_below, keep_factor, BLOCK)
+            weights *= _dropout_factor(seed_ptr, problem, i, start, drop_below, keep_factor, BLOCK, BLOCK)
         value = _load(value_ptr, j, stride_vn, 1, N, D, BLOCK_D)
         delta += tl.sum(weights * tl.dot(grad_out, tl.trans(value), input_precision=PRECISION), 1)
     tl.store(denominator_ptr + vectors + i, 1. / denominator, mask=i < N)

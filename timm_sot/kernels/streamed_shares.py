@@ -149,7 +149,7 @@ def _output_kernel(
         cosines = _cosines(x, y, inv_x, _vector(inv_y_ptr + vectors, j, N), PRECISION)
         weights = _kernel(cosines, scale) * a[:, None] * _vector(b_ptr + vectors, j, N)[None, :]
         if DROPOUT:
-            weights *= _dropout_factor(seed_ptr, problem, i, start, drop_below, keep_factor, BLOCK)
+            weights *= _dropout_factor(seed_ptr, problem, i, start, drop_below, keep_factor, BLOCK, BLOCK)
         value = _load(value_ptr, j, stride_vn, 1, N, D, BLOCK_D)
         out += tl.dot(weights.to(value.dtype), value, input_precision=PRECISION)
     _store(out_ptr + (batch * N * H + head) * D, out, i, H * D, 1, N, D, BLOCK_D)
@@ -191,7 +191,7 @@ def _row_sums_kernel(
         weights = _kernel(cosines, scale) * _vector(b_ptr + vectors, j, N)[None, :]
         total += tl.sum(weights, 1)
         if DROPOUT:
-            weights *= _dropout_factor(seed_ptr, problem, i, start, drop_below, keep_factor, BLOCK)
+            weights *= _dropout_factor(seed_ptr, problem, i, start, drop_below, keep_factor, BLOCK, BLOCK)
         value = _load(value_ptr, j, stride_vn, 1, N, D, BLOCK_D)
         delta += tl.sum(weights * tl.dot(grad_out, tl.trans(value), input_precision=PRECISION), 1)
     total = tl.where(i < N, total, 1.)
@@ -211,7 +211,7 @@ def _tile_gradients(
     grad = tl.dot(grad_out, tl.trans(value), input_precision=PRECISION)
     dropped = weights
     if DROPOUT:
-        factor = _dropout_factor(seed_ptr, problem, i, j_start, drop_below, keep_factor, BLOCK)
+        factor = _dropout_factor(seed_ptr, problem, i, j_start, drop_below, keep_factor, BLOCK, BLOCK)
         dropped = weights * factor
         grad *= factor
     return dropped, weights * (grad - delta[:, None])
