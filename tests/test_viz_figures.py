@@ -34,9 +34,13 @@ def models():
     return {name: make(name) for name in ('cct_2', 'cct_2_sot_qk')}
 
 
+def mixed():
+    return apply_sot(make('vit_tiny_patch16_224', **TINY), 'sot_q', reg=0.02, blocks=[1])
+
+
 @pytest.fixture(scope='module')
 def vit():
-    return apply_sot(make('vit_tiny_patch16_224', **TINY), 'sot_q', reg=0.02, blocks=[1])
+    return mixed()
 
 
 @pytest.fixture(scope='module')
@@ -375,6 +379,8 @@ def test_text_is_inside_and_apart(models, image):
     (lambda m, i: figures.compare(m, i, layer=2),
      r'cct_2 has no attention layer 2; choose a number from -2 to 1 or one of blocks\.0, blocks\.1'),
     (lambda m, i: figures.compare(m, i, layer='blocks.7'), r'no attention layer blocks\.7'),
+    (lambda m, i: figures.reg({'vit': mixed()}, i, regs=[0.1], layer=0),
+     r'blocks\.0 of vit makes no SOT matrix; these do: blocks\.1\.'),
     (lambda m, i: figures.compare(m, i, head=2), "cct_2 has no head 2 in blocks.1; choose one from 0 to 1, or 'mean'"),
     (lambda m, i: figures.compare(m, i, head='first'), 'no head first'),
     (lambda m, i: figures.heads(m, i, matrix='sot'), 'cct_2 has no SOT matrix'),
@@ -403,3 +409,11 @@ def test_without_matplotlib(monkeypatch):
     monkeypatch.setitem(sys.modules, 'matplotlib.figure', None)
     with pytest.raises(ImportError, match=r"pip install 'timm-sot\[viz\]'"):
         import timm_sot.viz.figures  # noqa: F401
+
+
+@pytest.mark.parametrize('layer', [None, 1, -2, 'blocks.1'])
+def test_layers_count_as_those_of_apply_sot(vit, image, layer):
+    """All of them, also where few have a SOT matrix; by default it is the last of these."""
+    maps = attention_maps(vit.eval(), model_input(vit, image)[None])
+    assert figures.find_layer(maps, layer, 'vit', 'sot') == 'blocks.1'
+    assert figures.find_layer(maps, None, 'vit') == 'blocks.2'

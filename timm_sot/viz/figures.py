@@ -5,7 +5,7 @@ their axes and colours, so they can be compared. Models are in evaluation mode w
 they are in otherwise; `dropout=True` switches the dropout of the attention weights on, and nothing else.
 """
 from contextlib import contextmanager
-from typing import Dict, Iterator, List, Mapping, Sequence, Tuple, Union
+from typing import Dict, Iterator, List, Mapping, Optional, Sequence, Tuple, Union
 
 import torch
 import torch.nn.functional as F
@@ -42,7 +42,7 @@ def compare(
         models: Models,
         image: Image.Image,
         *,
-        layer: Union[int, str] = -1,
+        layer: Optional[Union[int, str]] = None,
         head: Union[int, str] = 0,
         image_name: str = '',
         dropout: bool = False,
@@ -52,7 +52,8 @@ def compare(
     Args:
         models: Models by the name that the figure gives them.
         image: Image for all of them.
-        layer: Which attention layer: its number, also from the end, or the name of its block.
+        layer: Which attention layer: its number among all of them, also from the end, or the name of its block; None
+            for the last that has what is drawn.
         head: Which head, or 'mean' for the mean over heads.
         image_name: What the figure calls the image.
         dropout: Apply the models' dropout to the attention weights.
@@ -153,7 +154,7 @@ def patches(
         *,
         queries: Sequence[Tuple[int, int]] = (),
         matrix: str = 'weights',
-        layer: Union[int, str] = -1,
+        layer: Optional[Union[int, str]] = None,
         head: Union[int, str] = 'mean',
         image_name: str = '',
         dropout: bool = False,
@@ -179,7 +180,7 @@ def patches(
     for name, model in models.items():
         maps = maps_of(model, [image], dropout)
         check_matrix(maps, matrix, name)
-        key = find_layer({k: record for k, record in maps.items() if matrix in record}, layer, name)
+        key = find_layer(maps, layer, name, matrix)
         values = maps[key][matrix][0]  # (H, N, N)
         if matrix == 'weights' and not getattr(layer_of(model, key), 'softmax', True):
             values = rows_of_sum_one(values).float()
@@ -276,7 +277,7 @@ def reg(
         image: Image.Image,
         *,
         regs: Sequence[float] = (0.01, 0.03, 0.1, 0.3, 1.),
-        layer: Union[int, str] = -1,
+        layer: Optional[Union[int, str]] = None,
         head: Union[int, str] = 0,
         image_name: str = '',
 ) -> Figure:
@@ -299,7 +300,7 @@ def reg(
     for name, model in models.items():
         maps = maps_of(model, [image], False)
         check_matrix(maps, 'sot', name)
-        key = find_layer({k: record for k, record in maps.items() if 'sot' in record}, layer, name)
+        key = find_layer(maps, layer, name, 'sot')
         matrices = []
         for value in regs:
             with attributes_set(layer_of(model, key), {'reg': float(value)}):
@@ -465,16 +466,21 @@ def evaluation(model: nn.Module, dropout: bool = False) -> Iterator[None]:
             module.training = training
 
 
-def find_layer(maps: Maps, layer: Union[int, str], name: str) -> str:
-    """The key of a layer given by key or by number."""
+def find_layer(maps: Maps, layer: Optional[Union[int, str]], name: str, matrix: str = 'weights') -> str:
+    """The key of a layer given by key or by number, by default of the last that has `matrix`."""
     keys = list(maps)
-    if layer in keys:
-        return layer
+    having = [key for key in keys if matrix in maps[key]]
+    if layer is None:
+        return having[-1]
     if isinstance(layer, int) and -len(keys) <= layer < len(keys):
-        return keys[layer]
-    raise ValueError(
-        f'{name} has no attention layer {layer}; choose a number from {-len(keys)} to {len(keys) - 1} or one of '
-        f'{", ".join(keys)}.')
+        layer = keys[layer]
+    if layer not in keys:
+        raise ValueError(
+            f'{name} has no attention layer {layer}; choose a number from {-len(keys)} to {len(keys) - 1} or one of '
+            f'{", ".join(keys)}.')
+    if layer not in having:
+        raise ValueError(f'{layer} of {name} makes no SOT matrix; these do: {", ".join(having)}.')
+    return layer
 
 
 def pick_head(matrix: torch.Tensor, head: Union[int, str], name: str, key: str) -> torch.Tensor:
