@@ -360,7 +360,7 @@ def test_softmax_on_a_model_without_sot():
     ('variant', 'sot', "is unknown; choose one of ('softmax', 'sot_q', 'sot_q_nosoftmax', 'sot_qk', "
                        "'sot_qk_nosoftmax', 'sot_qkt', 'sot_shares')"),
     *(('reg', value, 'must be a positive finite number; 0.1 is the default') for value in (0, -1., math.inf, math.nan)),
-    *(('iters', value, 'must be an integer of at least 1; 10 is the default') for value in (0, -1, 1.5)),
+    *(('iters', value, 'must be an integer of at least 1') for value in (0, -1, 1.5)),
     *(('tol', value, 'must be None (run exactly iters iterations) or a number of at least 0') for value in (
         -1, math.nan)),
 ])

@@ -46,10 +46,10 @@ def check_variant(variant: str, reg: float, iters: int, tol: Optional[float], di
     """Raise ValueError for an unknown variant or settings of it that are out of their range."""
     if variant not in VARIANTS:
         raise ValueError(f'variant={variant!r} is unknown; choose one of {tuple(VARIANTS)}.')
-    if not VARIANTS[variant].learned:
-        check_transform_args(distance, reg, iters, tol)
+    learned = VARIANTS[variant].learned
+    check_transform_args(distance, reg, iters, tol, least_iters=0 if learned else 1)
+    if not learned:
         return
-    check_transform_args(distance, reg, 1 if iters == 0 and not isinstance(iters, bool) else iters, tol)
     if tol is not None:
         raise ValueError(f'tol={tol!r} must be None for variant {variant!r}, which runs exactly iters iterations.')
     if reg < MIN_REG:

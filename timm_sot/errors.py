@@ -1,6 +1,7 @@
 """ Errors that a user can mend """
+import difflib
 
-__all__ = ['UserError', 'first_line', 'missing_extra', 'one_line']
+__all__ = ['UserError', 'first_line', 'missing_extra', 'one_line', 'unknown_model']
 
 
 class UserError(Exception):
@@ -24,3 +25,12 @@ def one_line(error: BaseException) -> str:
 def missing_extra(error: ImportError, extra: str = 'study') -> UserError:
     """The error to raise where a package of an extra cannot be imported."""
     return UserError(f"this needs the package {error.name}; install it with: pip install 'timm-sot[{extra}]'")
+
+
+def unknown_model(name: str) -> UserError:
+    """The error to raise for a model that timm does not know."""
+    import timm  # not where one of its own modules is missing
+
+    close = difflib.get_close_matches(name, timm.list_models(), n=5)
+    hint = f'did you mean {", ".join(close)}?' if close else 'timm.list_models() has the names.'
+    return UserError(f'unknown model {name!r}; {hint}')

@@ -24,11 +24,11 @@ def apply_sot(
 
     Every `timm.layers.Attention` of the model becomes a :class:`SOTAttention` with the same parameters (the very same
     tensors), dropout rates, hooks, device, dtype and training mode. A layer that is one already changes its variant.
-    The outputs of the model change; train it afterwards. 'sot_shares' adds parameters to learn, which go where a layer
-    gets another variant, or this one again: create the optimizer after this call. With `variant='softmax'` the layers
-    become `timm.layers.Attention` again. A layer of a subclass of :class:`SOTAttention` stays of its class. Other
-    modules, among them attention layers of other classes and subclasses of `timm.layers.Attention` with a forward of
-    their own, are left alone.
+    The outputs of the model change; train it afterwards. 'sot_shares' adds learned parameters to its layers. Another
+    variant removes them, 'sot_shares' again resets them: create the optimizer after this call. With
+    `variant='softmax'` the layers become `timm.layers.Attention` again. A layer of a subclass of :class:`SOTAttention`
+    stays of its class. Other modules, among them attention layers of other classes and subclasses of
+    `timm.layers.Attention` with a forward of their own, are left alone.
 
     Weights do not say what attention they are for. Where timm saves a model's arguments with it (`save_for_hf`,
     `push_to_hf_hub`; from 1.0.31 on), a CCT whose layers all have the same attention is saved with its `attn`,

@@ -41,8 +41,9 @@ def sinkhorn(
 
     and the plan is log P = L + u + v. The column sums of P are exact, the row sums converge to r. It is Cuturi's
     'Sinkhorn Distances' (https://arxiv.org/abs/1306.0895) in the log domain. The gradient is that of the iterations
-    that ran, not of their limit. The backward pass keeps the log-kernel alone, however many they were; for a second
-    derivative every step. With `tol` what is to be differentiated iterates twice: to count, and as many times.
+    that ran, not of their limit. The backward pass keeps the log-kernel alone, however many they were; a second
+    derivative keeps every step. With `tol`, a call that needs gradients runs the iterations twice: once to find how
+    many there are, then that many again.
 
     Args:
         log_kernel: Log-kernel of shape (..., N, M), -cost / reg in transport. Entries may be -inf (no mass there, zero
@@ -70,10 +71,15 @@ def sinkhorn(
     return solve(log_kernel.to(compute_dtype(log_kernel)), int(iters), tol, row_mass).to(log_kernel.dtype)
 
 
-def check_sinkhorn_args(iters: int, tol: Optional[float], row_mass: Optional[float] = None) -> None:
+def check_sinkhorn_args(
+        iters: int,
+        tol: Optional[float],
+        row_mass: Optional[float] = None,
+        least_iters: int = 1,
+) -> None:
     """Raise ValueError for settings that no Sinkhorn run can follow."""
-    if isinstance(iters, bool) or not isinstance(iters, numbers.Integral) or iters < 1:
-        raise ValueError(f'iters={iters!r} must be an integer of at least 1; 10 is the default.')
+    if isinstance(iters, bool) or not isinstance(iters, numbers.Integral) or iters < least_iters:
+        raise ValueError(f'iters={iters!r} must be an integer of at least {least_iters}.')
     if tol is not None and not (is_number(tol) and tol >= 0):
         raise ValueError(f'tol={tol!r} must be None (run exactly iters iterations) or a number of at least 0.')
     if row_mass is not None and not (is_number(row_mass) and 0 < row_mass < float('inf')):

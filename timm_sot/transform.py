@@ -103,13 +103,14 @@ def check_transform_args(
         iters: int,
         tol: Optional[float],
         row_mass: Optional[float] = None,
+        least_iters: int = 1,
 ) -> None:
     """Raise ValueError for settings of the transform that are out of their range."""
     if distance not in DISTANCES:
         raise ValueError(f'distance={distance!r} is unknown; choose one of {DISTANCES}.')
     if not (is_number(reg) and 0 < reg < float('inf')):
         raise ValueError(f'reg={reg!r} must be a positive finite number; 0.1 is the default.')
-    check_sinkhorn_args(iters, tol, row_mass)
+    check_sinkhorn_args(iters, tol, row_mass, least_iters)
 
 
 def autocast_disabled(device: torch.device) -> ContextManager:

@@ -1,5 +1,4 @@
 """ Models and images for the figures, from what a user can name """
-import difflib
 import os
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
@@ -10,7 +9,7 @@ from timm.data import create_transform, get_img_extensions, resolve_model_data_c
 from timm.layers import to_2tuple
 from torch import nn
 
-from ..errors import UserError, first_line, one_line
+from ..errors import UserError, first_line, one_line, unknown_model
 
 __all__ = ['digits', 'find_images', 'load_image', 'load_models', 'model_input', 'shown_pixels', 'token_grid']
 
@@ -62,9 +61,7 @@ def load_model(name: str, checkpoint: str, untrained: bool, model_kwargs: Dict[s
     if source == 'local-dir' and not os.path.isfile(os.path.join(place, 'config.json')):
         raise UserError(f'{place} is not a folder with a config.json; local-dir: takes what timm saves for the Hub.')
     if not place and not timm.is_model(name):
-        close = difflib.get_close_matches(name, timm.list_models(), n=5)
-        hint = f'did you mean {", ".join(close)}?' if close else 'timm.list_models() has the names.'
-        raise UserError(f'unknown model {name!r}; {hint}')
+        raise unknown_model(name)
     if checkpoint and not os.path.isfile(checkpoint):
         raise UserError(f'there is no checkpoint {checkpoint}.')
 
