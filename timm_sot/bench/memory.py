@@ -54,8 +54,8 @@ def peak_bytes(
 
 
 def train_once(N: int, dtype: torch.dtype, device: torch.device) -> None:
-    """One step of gradient descent through SOT(Q, K) attention of N tokens."""
-    qkv = randn(1, N, 3, 1, D, dtype=dtype, device=device).requires_grad_()
+    """One step of gradient descent through SOT(Q, K) attention of N tokens, in two heads."""
+    qkv = randn(1, N, 3, 2, D, dtype=dtype, device=device).requires_grad_()
     out = sot_core('sot_qk')(*qkv.permute(2, 0, 3, 1, 4).unbind(0))
     out.float().square().sum().backward()
     with torch.no_grad():
@@ -98,7 +98,7 @@ def memory_rows(dtype: torch.dtype, device: torch.device) -> Iterator[Dict[str, 
 
     N = 4096
     while N <= LARGEST:
-        result = row(f'one step 1x1xNx{D} {dtype_name(dtype)}', f'sot_qk N={N}', lambda: step(N))
+        result = row(f'one step 1x2xNx{D} {dtype_name(dtype)}', f'sot_qk N={N}', lambda: step(N))
         yield result
         if 'error' in result:
             return

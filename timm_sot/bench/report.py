@@ -31,7 +31,7 @@ def load_reports(paths: Sequence[str]) -> List[Dict[str, Any]]:
     return reports
 
 
-# Tables
+# Bars
 
 class Bar(NamedTuple):
     """A bar to clear; `measure` finds its values in a report, of which the worst counts."""
@@ -161,6 +161,8 @@ def describe(report: Dict[str, Any]) -> str:
         line += '\nThe processor was busy with something else: times, and ratios too, differ on an idle one.'
     return line
 
+
+# Tables
 
 def format_tables(report: Dict[str, Any]) -> str:
     """Times with their ratios, and memory."""

@@ -10,11 +10,12 @@ import math
 import statistics
 import time
 from contextlib import suppress
-from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, List, NamedTuple, Sequence, Tuple
 
 import torch
 
 from ..errors import one_line
+from ..study import augment
 from .contenders import Contender, Group
 
 __all__ = ['QUICK_ROUNDS', 'ROUNDS', 'TIME_LIMIT', 'quartiles', 'release', 'time_group']
@@ -146,20 +147,14 @@ def reason_to_skip(
     if seconds > SLOWEST_CALL:
         return f'about {seconds:.1f} s a call'
     needed, free = contender.matrices * group.elements * 4, free_memory(device)
-    if free is not None and needed > free / 2:
+    if needed > free / 2:
         return f'about {gib(needed)}, {gib(free)} free'
     return ''
 
 
-def free_memory(device: torch.device) -> Optional[int]:
-    """Free bytes, None where they cannot be told."""
-    if device.type == 'cuda':
-        return torch.cuda.mem_get_info(device)[0]
-    try:
-        with open('/proc/meminfo') as f:
-            return next(int(line.split()[1]) * 1024 for line in f if line.startswith('MemAvailable'))
-    except (OSError, StopIteration):
-        return None
+def free_memory(device: torch.device) -> float:
+    """Bytes of memory that may still be taken."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == 'cuda' else augment.free_memory()
 
 
 def release(device: torch.device) -> None:
