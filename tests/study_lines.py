@@ -5,7 +5,7 @@ from timm_sot.study.presets import ORIGINAL
 from timm_sot.study.store import KEYS
 
 CIFAR = 'cifar10 50000+10000 sha256:0123456789abcdef'
-VALIDATION = 'cifar10 (validation) 45000+5000 sha256:fedcba9876543210'
+HELD_OUT_DATA = 'cifar10 (validation) 45000+5000 sha256:fedcba9876543210'
 RECIPE = {**{key: value for key, value in ORIGINAL.items() if key != 'epochs'}, 'first': ('cct_2', {})}
 SOT = dict(sot_reg=0.1, sot_tol=0.1)
 NOISE = [0.3, -0.4, 0.1, 0.5, -0.2]

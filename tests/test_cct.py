@@ -262,7 +262,7 @@ def test_context_at_other_sizes(size):
 
 @pytest.mark.parametrize('seed', range(3))
 def test_what_attention_adds_before_training(seed):
-    """How it varies over the tokens, relative to the tokens: next to nothing, as README says."""
+    """How it varies over the tokens, relative to the tokens: next to nothing, as hub/study/README.md says."""
     torch.manual_seed(seed)
     model = timm.create_model('cct_2').eval()
     block, seen = model.blocks[0], {}

@@ -6,29 +6,17 @@ import sys
 import pytest
 import timm
 import torch
-from PIL import Image
 from safetensors.torch import save_file
 
 import timm_sot
 from timm_sot.cli import main
 
 
-@pytest.fixture
-def tiny_dir(tmp_path):
-    for split, count in (('train', 12), ('test', 4)):
-        for label in range(2):
-            folder = tmp_path / 'tiny' / split / str(label)
-            folder.mkdir(parents=True)
-            for i in range(count):
-                Image.new('RGB', (32, 32), (200 * label + i,) * 3).save(folder / f'{i}.png')
-    return str(tmp_path / 'tiny')
-
-
-def test_study(tiny_dir, tmp_path, capsys):
+def test_study(folder, tmp_path, capsys):
     out = tmp_path / 'out'
     code = main([
         'study', '--models', 'cct_2', 'cct_2_sot_qk', '--model-kwargs', 'sot_iters=2', 'sot_tol=None', '--epochs', '1',
-        '--data-dir', tiny_dir, '--device', 'cpu', '--seed', '3', '--out', str(out)])
+        '--data-dir', folder, '--device', 'cpu', '--seed', '3', '--out', str(out)])
     printed = capsys.readouterr()
     assert code == 0, printed.err
     assert 'cct_2_sot_qk' in printed.out and 'tiny 24+8' in printed.out
@@ -188,12 +176,12 @@ def test_help(capsys):
     assert '--model-kwargs' in capsys.readouterr().out
 
 
-def test_interrupt(monkeypatch, tiny_dir, capsys):
+def test_interrupt(monkeypatch, folder, capsys):
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
 
     monkeypatch.setattr('timm_sot.study.runner.train_epoch', interrupted)
-    assert main(['study', '--data-dir', tiny_dir, '--device', 'cpu']) == 130
+    assert main(['study', '--data-dir', folder, '--device', 'cpu']) == 130
     assert 'Traceback' not in capsys.readouterr().err
 
 
@@ -227,8 +215,8 @@ def drawn(monkeypatch, tmp_path):
     return seen
 
 
-def test_attention_options(drawn, tiny_dir):
-    image = f'{tiny_dir}/test/1/3.png'
+def test_attention_options(drawn, folder):
+    image = f'{folder}/test/1/3.png'
     assert main(['attention', 'patches', '--image', image, '--layer', '-2', '--head', '1', '--queries', '0,1', '7,7',
                  '--matrix', 'sot', '--dropout', '--out', 'a.pdf', '--dpi', '90', '--untrained']) == 0
     assert list(drawn['models']) == ['cct_2 (untrained)', 'cct_2_sot_qk (untrained)']
@@ -246,8 +234,8 @@ def test_attention_options(drawn, tiny_dir):
     assert drawn['saved'][0] == ('compare.png',)
 
 
-def test_attention_of_a_folder(drawn, tiny_dir):
-    test = f'{tiny_dir}/test'
+def test_attention_of_a_folder(drawn, folder):
+    test = f'{folder}/test'
     assert main(['attention', 'heads', '--image', test, '--index', '5']) == 0
     assert drawn['options']['image_name'] == '1/1.png' and drawn['images'].getpixel((0, 0)) == (201,) * 3
     assert main(['attention', 'entropy', '--image', test, '--num-images', '4']) == 0

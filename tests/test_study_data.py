@@ -15,7 +15,7 @@ from torchvision import datasets
 from timm_sot.errors import UserError
 from timm_sot.study.data import (
     HELD_OUT,
-    VALIDATION,
+    VAL_FOLDER,
     Images,
     StudyData,
     decode,
@@ -210,7 +210,7 @@ def test_images_of_val_are_validation_images(folder, tmp_path):
     shutil.copytree(folder, tmp_path / 'tiny')
     (tmp_path / 'tiny' / 'test').rename(tmp_path / 'tiny' / 'val')
     data = load_data(str(tmp_path / 'tiny'), (8, 8))
-    assert data.name == 'tiny' + VALIDATION and load_data(folder, (8, 8)).name == 'tiny'
+    assert data.name == 'tiny' + VAL_FOLDER and load_data(folder, (8, 8)).name == 'tiny'
     assert subset(data, holdout=0.1).name == 'tiny' + HELD_OUT
 
 

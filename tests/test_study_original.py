@@ -1,6 +1,6 @@
 """ What the original experiment published """
 import pytest
-from study_lines import CIFAR, RECIPE, VALIDATION
+from study_lines import CIFAR, RECIPE, HELD_OUT_DATA
 
 from timm_sot.study import original
 from timm_sot.study.presets import PRESETS
@@ -21,7 +21,7 @@ def test_numbers():
     ({'lr': 0.1}, 30, CIFAR, False),
     ({'augment': ['crop', 'flip']}, 30, CIFAR, False),
     ({}, 200, CIFAR, False),
-    ({}, 30, VALIDATION, False),
+    ({}, 30, HELD_OUT_DATA, False),
     ({}, 30, 'cifar100 50000+10000 sha256:0', False),
     ({}, 30, 'svhn 50000+10000 sha256:0', False),
 ])

@@ -6,7 +6,19 @@ from pathlib import Path
 import pytest
 from matplotlib.figure import Figure
 from PIL import Image
-from study_lines import BASELINE, BETTER, HIGHER, RECIPE, SOT, SWEEP, VALIDATION, WORSE, make_line, make_row, write
+from study_lines import (
+    BASELINE,
+    BETTER,
+    HELD_OUT_DATA,
+    HIGHER,
+    RECIPE,
+    SOT,
+    SWEEP,
+    WORSE,
+    make_line,
+    make_row,
+    write,
+)
 
 from timm_sot.cli import main
 from timm_sot.errors import UserError
@@ -132,7 +144,7 @@ def test_processors_are_named(tmp_path):
 
 
 @pytest.mark.parametrize('changes', [
-    dict(data=VALIDATION), dict(device='CPU, float32'), dict(epochs=2, top1=[1., 2.], loss=[1., 1.])])
+    dict(data=HELD_OUT_DATA), dict(device='CPU, float32'), dict(epochs=2, top1=[1., 2.], loss=[1., 1.])])
 def test_sections_are_not_mixed(tmp_path, changes):
     """A row of other images, epochs or device is in a section of its own, without a baseline to compare with."""
     other = [{**line, **changes} for line in BETTER]
@@ -212,7 +224,7 @@ def test_original_rows(tmp_path):
 
 @pytest.mark.parametrize('settings, changes', [
     ({**RECIPE, 'lr': 0.1}, {}),
-    (RECIPE, dict(data=VALIDATION)),
+    (RECIPE, dict(data=HELD_OUT_DATA)),
     (RECIPE, dict(data='cifar100 50000+10000 sha256:0')),
     (RECIPE, dict(data='svhn 50000+10000 sha256:0')),
     (RECIPE, dict(epochs=2, top1=[1., 2.], loss=[1., 1.])),
@@ -338,7 +350,7 @@ def test_unwritable(tmp_path):
 
 @pytest.mark.parametrize('folder', [
     'hub/study', 'hub/study/candidates', 'hub/study/confirmation', 'hub/study/gray', 'hub/study/lossless',
-    'hub/study/screening',
+    'hub/study/screening', 'hub/study/sweep',
 ])
 def test_report_of_the_project_is_that_of_its_lines(folder, tmp_path, monkeypatch):
     root = Path(__file__).parents[1]

@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
-from study_lines import BASELINE, BETTER, RECIPE, SOT, VALIDATION, WORSE, make_line, write
+from study_lines import BASELINE, BETTER, HELD_OUT_DATA, RECIPE, SOT, WORSE, make_line, write
 
 from timm_sot.errors import UserError
 from timm_sot.study.sections import find_sweeps, read_sources, split
@@ -35,7 +35,7 @@ def test_sections(tmp_path):
     rows = found[0].rows
     assert {row: len(results) for row, results in rows.items()} == {'cct_2': 5, 'better sot_reg=0.1 sot_tol=0.1': 2}
     assert len(found[0].results) == 7 and found[0].original and found[0].images == 'test images'
-    validation, = sections_of(tmp_path, [{**line, 'data': VALIDATION} for line in BASELINE])
+    validation, = sections_of(tmp_path, [{**line, 'data': HELD_OUT_DATA} for line in BASELINE])
     assert validation.images == 'validation images' and not validation.original
 
 

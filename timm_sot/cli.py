@@ -187,7 +187,7 @@ def _study(args: argparse.Namespace) -> int:
     from .study.engine import Recipe
     from .study.presets import PRESETS, Study
     from .study.runner import RunsFailed, format_table, resolve_device, run_study
-    from .study.store import Run
+    from .study.store import row_name
 
     rows, seeds, settings = PRESETS[args.preset]
     if args.preset != 'quick' and not (args.data_dir or args.dataset):
@@ -217,7 +217,7 @@ def _study(args: argparse.Namespace) -> int:
     except TypeError as e:
         raise UserError(f'arguments of models must be numbers, text, or lists of them, to be written down with the '
                         f'runs: {e}.') from e
-    rows = _chosen({Run(*row, 0, 0).row: row for row in rows}, args.rows)
+    rows = _chosen({row_name(*row): row for row in rows}, args.rows)
     settings = {'augment': ('crop', 'flip') if args.data_dir or args.dataset else ('crop',), **settings}
     for key in ('epochs', 'batch_size', 'lr', 'weight_decay', 'smoothing', 'schedule', 'precision'):
         if getattr(args, key) is not None:
@@ -316,8 +316,9 @@ def _add_attention(commands) -> None:
             sub.add_argument('--index', type=_number(int, 0), default=0, metavar='N',
                              help='which image of a folder, in the order of names (default: %(default)s)')
         if figure in ('compare', 'patches', 'reg'):
-            sub.add_argument('--layer', type=_number_or_name, default=-1, metavar='LAYER',
-                             help='number of the attention layer or name of its block (default: the last)')
+            sub.add_argument('--layer', type=_number_or_name, metavar='LAYER',
+                             help='number of the attention layer or name of its block (default: the last that has '
+                                  'what is drawn)')
             sub.add_argument('--head', type=_number_or_name, metavar='HEAD',
                              default='mean' if figure == 'patches' else 0,
                              help="number of the head, or 'mean' (default: %(default)s)")
@@ -397,7 +398,7 @@ def _add_export(commands) -> None:
                         help="of timm's train.py (model_best.pth.tar) or of a study (checkpoints/NAME.safetensors)")
     parser.add_argument('--out', required=True, metavar='DIR', help='the folder, named MODEL.TAG; TAG names the data')
     parser.add_argument('--data-dir', default='', metavar='DIR',
-                        help='evaluate on these images, in test/<class>/ or val/<class>/ or <class>/')
+                        help='evaluate on these images, in val/<class>/, or else test/<class>/, or else <class>/')
     parser.add_argument('--model-kwargs', nargs='*', default={}, action=_ModelKwargs, metavar='KEY=VALUE',
                         help="arguments in place of those of the training, None for the model's default")
     parser.add_argument('--device', default='', help='where to evaluate (default: cuda if there is one, else cpu)')

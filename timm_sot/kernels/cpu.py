@@ -28,9 +28,9 @@ __all__ = [
     'work',
 ]
 
-# The matrices of one problem leave the cache long before, and the distance to softmax attention grows to 4 times its
-# time; but plain torch takes 1.6 to 3 times as long as the loops (4096 tokens, one head, one thread of an Intel Xeon),
-# and this is the largest size that was measured.
+# The matrices of one problem leave the cache long before, and attention takes up to 4 times as long as softmax
+# attention; but plain torch takes 1.6 to 3 times as long as the loops (4096 tokens, one head, one thread of an Intel
+# Xeon), and this is the largest size that was measured.
 MAX_TOKENS = 8192
 
 # The scaling vectors of more iterations than this are not kept for the backward pass but found again.

@@ -31,8 +31,8 @@ TRITON_MAX_WIDTH = 128  # above, nor do the queries, keys and values of a tile
 # width, where these are 64 or 128, as compiled for Ampere. For Hopper float32 takes up to 28, which its 227 KiB hold
 # (tests/test_kernels_compile.py). What is smaller fits into the least that a supported GPU has.
 FLOAT32_BYTES, HALF_BYTES = 24, 9
-# All that `strips` takes, for its most tokens and width. It is more than Ampere has, for which the gradients' kernels do
-# not fit into the registers.
+# All that `strips` takes, for its most tokens and width. It is more than Ampere has, for which the kernels of the
+# gradients do not fit into the registers.
 STRIPS_BYTES = 168 * 1024
 LEAST_SHARED_MEMORY = 99 * 1024
 

@@ -58,7 +58,7 @@ def random_crop(images: torch.Tensor, padding: int = 4) -> torch.Tensor:
 
 
 def random_flip(images: torch.Tensor) -> torch.Tensor:
-    """Mirror every other image."""
+    """Mirror each image with probability 1/2, (B, C, H, W) -> (B, C, H, W)."""
     mirrored = torch.rand(len(images)) < 0.5
     return torch.where(mirrored[:, None, None, None], images.flip(-1), images)
 

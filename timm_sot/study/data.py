@@ -21,10 +21,10 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from ..errors import UserError, first_line, missing_extra
 
 __all__ = [
-    'HELD_OUT', 'VALIDATION', 'Images', 'StudyData', 'fingerprint', 'load_data', 'normalizer', 'same_images', 'subset']
+    'HELD_OUT', 'VAL_FOLDER', 'Images', 'StudyData', 'fingerprint', 'load_data', 'normalizer', 'same_images', 'subset']
 
 # in the name of data that are not measured on test images but on some of train/, or on those of val/
-HELD_OUT, VALIDATION = ' (validation)', ' (val/)'
+HELD_OUT, VAL_FOLDER = ' (validation)', ' (val/)'
 UNREADABLE = -1  # in the place of a label
 TRAIN_SPLITS = ('train', 'training')
 TEST_SPLITS = ('val', 'valid', 'validation', 'eval', 'evaluation', 'test')
@@ -109,7 +109,7 @@ def load_archive(path: str, img_size: Tuple[int, int], workers: int = 0) -> Stud
         entries = os.listdir(folder)
         inner = os.path.join(folder, entries[0]) if len(entries) == 1 else folder
         data = load_folder(inner if os.path.isdir(inner) else folder, img_size, workers)
-    suffix = VALIDATION if data.name.endswith(VALIDATION) else ''
+    suffix = VAL_FOLDER if data.name.endswith(VAL_FOLDER) else ''
     return data._replace(name=os.path.basename(path).split('.')[0] + suffix)
 
 
@@ -135,7 +135,7 @@ def load_folder(root: str, img_size: Tuple[int, int], workers: int = 0) -> Study
         raise UserError(f'{folders[0]} and {folders[1]} hold different classes: {", ".join(differ[:5])}.')
     name = os.path.basename(os.path.abspath(root))
     if os.path.basename(folders[1]) != 'test':
-        name += VALIDATION
+        name += VAL_FOLDER
     return StudyData(name, decode(train, img_size, workers), decode(test, img_size, workers), len(classes))
 
 
@@ -221,7 +221,7 @@ def subset(data: StudyData, fraction: float = 1., holdout: float = 0.) -> StudyD
         if not len(order):
             raise UserError(
                 f'--holdout {holdout} leaves none of {len(held)} training images to train on; hold fewer out.')
-        data = data._replace(test=train.select(held), name=data.name.removesuffix(VALIDATION) + HELD_OUT)
+        data = data._replace(test=train.select(held), name=data.name.removesuffix(VAL_FOLDER) + HELD_OUT)
     kept = order[:max(1, round(fraction * len(order)))]
     return data._replace(train=train.select(kept.sort().values)) if holdout or fraction < 1 else data
 

@@ -18,7 +18,7 @@ from .original import ROWS, SWEEP
 from .presets import PRESETS, Row
 from .sections import Section, Sweep, count, find_sweeps, read_sources, results_path, split
 from .statistics import Difference, Summary, decide, holm, paired, summarize
-from .store import Run, write_file
+from .store import row_name, write_file
 
 __all__ = ['write_report']
 
@@ -319,7 +319,7 @@ def control_row(section: Section, row: str, control: Control) -> str:
     """The name of the control of a row, '' if it has none."""
     result = section.rows[row][0]
     found = control(result['model'], result['kwargs'])
-    return Run(*found, 0, 0).row if found else ''
+    return row_name(*found) if found else ''
 
 
 def format_missing(section: Section, baseline: str, control: Control) -> str:
@@ -358,12 +358,12 @@ def format_missing(section: Section, baseline: str, control: Control) -> str:
 
 def preset_rows(preset: str) -> List[str]:
     """The rows of a preset by name."""
-    return [Run(model, kwargs, 0, 0).row for model, kwargs in PRESETS[preset].rows]
+    return [row_name(model, kwargs) for model, kwargs in PRESETS[preset].rows]
 
 
 def published(row: str) -> Optional[float]:
     """The top-1 that the original experiment published of a row of the preset."""
-    return {Run(model, kwargs, 0, 0).row: ROWS[model] for model, kwargs in PRESETS['seed'][0]}.get(row)
+    return {row_name(model, kwargs): ROWS[model] for model, kwargs in PRESETS['seed'].rows}.get(row)
 
 
 def shorten(rows: Sequence[str], baseline: str) -> Tuple[Dict[str, str], str]:

@@ -1,6 +1,5 @@
 """ The runs of a study, those of one seed side by side """
 import contextlib
-import difflib
 import os
 import statistics
 import time
@@ -18,11 +17,11 @@ from .augment import make_epochs, room_for_epochs
 from .coupled import capturable
 from .data import Images, StudyData, fingerprint, load_data, subset
 from .engine import Recipe, Trainer, set_precision, train_epoch
-from ..errors import UserError, first_line, missing_extra, one_line
+from ..errors import UserError, first_line, missing_extra, one_line, unknown_model
 from .machine import about, device_name, joined
 from .presets import Row, Study
 from .progress import Progress
-from .store import Run, Store
+from .store import Run, Store, row_name
 
 if TYPE_CHECKING:
     from .cluster import Cluster
@@ -60,9 +59,7 @@ def input_size(rows: Sequence[Row]) -> Tuple[int, int]:
     sizes: Dict[Tuple[int, int], str] = {}
     for name, kwargs in rows:
         if not timm.is_model(name):
-            close = difflib.get_close_matches(name, timm.list_models(), n=5)
-            hint = f'did you mean {", ".join(close)}?' if close else 'timm.list_models() has the names.'
-            raise UserError(f'unknown model {name!r}; {hint}')
+            raise unknown_model(name)
         size = to_2tuple(kwargs['img_size']) if 'img_size' in kwargs \
             else timm.get_pretrained_cfg(name).input_size[-2:]
         if len(size) != 2 or not all(type(side) is int and side > 0 for side in size):
@@ -153,7 +150,7 @@ def run_study(
 
     deadline = time.monotonic() + time_limit
     # a row or a seed that is named twice is one
-    rows, seeds = list({Run(*row, 0, 0).row: row for row in study.rows}.values()), dict.fromkeys(study.seeds)
+    rows, seeds = list({row_name(*row): row for row in study.rows}.values()), dict.fromkeys(study.seeds)
     whole = load_data(study.data_dir, input_size(rows), augmenters(workers), study.dataset, study.download)
     data = subset(whole, study.fraction, study.holdout)
     for row in rows:  # all of its errors before the first run

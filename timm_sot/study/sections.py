@@ -7,10 +7,10 @@ import os
 from typing import Dict, List, NamedTuple, Sequence, Tuple
 
 from ..errors import UserError
-from .data import HELD_OUT, VALIDATION, same_images
+from .data import HELD_OUT, VAL_FOLDER, same_images
 from .original import is_original
 from .statistics import Result
-from .store import NOT_RECIPE, Run, read_lines, read_settings
+from .store import NOT_RECIPE, Run, read_lines, read_settings, row_name
 
 __all__ = ['Section', 'Sweep', 'count', 'find_sweeps', 'read_sources', 'results_path', 'split']
 
@@ -30,7 +30,7 @@ class Section(NamedTuple):
     @property
     def images(self) -> str:
         """What the top-1 is measured on."""
-        return 'validation images' if HELD_OUT in self.data or VALIDATION in self.data else 'test images'
+        return 'validation images' if HELD_OUT in self.data or VAL_FOLDER in self.data else 'test images'
 
     @property
     def original(self) -> bool:
@@ -53,7 +53,7 @@ def read_sources(sources: Sequence[str]) -> Tuple[List[Result], List[str], str]:
     """Results of all sources, with their `recipe`; what is to be said about reading them; the default baseline."""
     results: Dict[Tuple, Result] = {}
     notes, firsts = [], []
-    names: Dict[str, str] = {}  # of the same images, the first
+    names: List[str] = []  # of the data; of the same images, the first
     for source in sources:
         path = results_path(source)
         try:
@@ -70,14 +70,15 @@ def read_sources(sources: Sequence[str]) -> Tuple[List[Result], List[str], str]:
             settings = read_settings(settings_path)
             recipe = {key: value for key, value in settings.items() if key not in NOT_RECIPE}
             recipe = json.dumps(recipe, sort_keys=True)
-            firsts.append(Run(*settings['first'], 0, 0).row)
+            firsts.append(row_name(*settings['first']))
         except FileNotFoundError:
             recipe = ''
             notes.append(f'{settings_path} is not there: the recipe of these runs is not known.')
         repeated = 0
         for result in map(json.loads, good):
             result['data'] = next((name for name in names if same_images(name, result['data'])), result['data'])
-            names.setdefault(result['data'], '')
+            if result['data'] not in names:
+                names.append(result['data'])
             # runs of an unknown recipe are comparable with those of their own file only
             result['recipe'], result['source'] = recipe, '' if recipe else path
             key = (*place(result), row_of(result), result['seed'])
@@ -122,7 +123,7 @@ def find_sweeps(section: Section) -> List[Sweep]:
         for argument, value in kwargs.items():
             if isinstance(value, (int, float)) and not isinstance(value, bool):
                 rest = {key: other for key, other in kwargs.items() if key != argument}
-                name = Run(results[0]['model'], rest, 0, 0).row
+                name = row_name(results[0]['model'], rest)
                 groups.setdefault((argument, name), {}).setdefault(value, row)
     sweeps, taken = [], set()
     for (argument, name), rows in sorted(groups.items(), key=lambda item: -len(item[1])):

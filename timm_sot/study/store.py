@@ -53,14 +53,19 @@ class Run(NamedTuple):
 
     @property
     def row(self) -> str:
-        """The model with its arguments."""
-        return ' '.join([self.model, *(f'{key}={value}' for key, value in sorted(self.kwargs.items()))])
+        """As `row_name`."""
+        return row_name(self.model, self.kwargs)
 
     @property
     def name(self) -> str:
         """Fit for a file."""
         text = re.sub(r'(?<!\w)-(?=[\w.])', 'minus', f'{self.row} seed {self.seed} epochs {self.epochs}')
         return re.sub(r'[^\w.]+', '-', text)
+
+
+def row_name(model: str, kwargs: Dict[str, Any]) -> str:
+    """What tables call a model with its arguments."""
+    return ' '.join([model, *(f'{key}={value}' for key, value in sorted(kwargs.items()))])
 
 
 class Store:
