@@ -19,7 +19,7 @@ from timm_sot.study.data import (
     Images,
     StudyData,
     decode,
-    fingerprint,
+    fingerprint_of,
     load_data,
     normalizer,
     same_images,
@@ -110,7 +110,7 @@ def test_archive(digits_dir, tmp_path):
             archive.add(digits_dir, inner)
         data = load_data(str(tmp_path / name), (8, 8))
         assert data.name == 'digits'
-        assert fingerprint(data._replace(name=expected.name)) == fingerprint(expected)
+        assert fingerprint_of(data._replace(name=expected.name)) == fingerprint_of(expected)
 
 
 @pytest.mark.parametrize('compression', ('', 'gz', 'bz2', 'xz'))
@@ -184,9 +184,9 @@ def test_subset():
 
 def test_fingerprint():
     data = make_data()
-    assert fingerprint(data) == fingerprint(make_data()) and fingerprint(data).startswith('noise 10+10 ')
+    assert fingerprint_of(data) == fingerprint_of(make_data()) and fingerprint_of(data).startswith('noise 10+10 ')
     data.test.images[0, 0, 0, 0] += 1
-    assert fingerprint(data) != fingerprint(make_data())
+    assert fingerprint_of(data) != fingerprint_of(make_data())
 
 
 def test_normalizer():
@@ -200,10 +200,10 @@ def test_normalizer():
 
 def test_same_images():
     data = make_data()
-    assert same_images(fingerprint(data), fingerprint(data._replace(name='a name with spaces')))
+    assert same_images(fingerprint_of(data), fingerprint_of(data._replace(name='a name with spaces')))
     other = make_data()
     other.test.images[0, 0, 0, 0] += 1
-    assert not same_images(fingerprint(data), fingerprint(other))
+    assert not same_images(fingerprint_of(data), fingerprint_of(other))
 
 
 def test_images_of_val_are_validation_images(folder, tmp_path):

@@ -146,11 +146,11 @@ class ClusterSession:
         self.remote = ray.remote(
             num_returns='streaming', max_retries=0, num_cpus=cpus, num_gpus=self.needs['GPU'])(train_run)
         self.sent = ray.put(replace(self.setting, data=to_arrays(self.setting.data)))
-        taken = self.stack.enter_context(self.store.claim(runs, self.setting.name))
+        taken = self.stack.enter_context(self.store.claim(runs, self.setting.fingerprint))
         if len(taken) < len(runs):
             self.progress.write(left_to_others(len(runs) - len(taken)))
         for run in sorted(taken, key=lambda run: run.seed):
-            self.tasks.append(Task(run, self.store.load(run, self.setting.name)))
+            self.tasks.append(Task(run, self.store.load(run, self.setting.fingerprint)))
             self._submit(self.tasks[-1])
         while self.tasks:
             ready, _ = ray.wait([task.stream for task in self.tasks], timeout=1.)

@@ -21,7 +21,9 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from ..errors import UserError, first_line, missing_extra
 
 __all__ = [
-    'HELD_OUT', 'VAL_FOLDER', 'Images', 'StudyData', 'fingerprint', 'load_data', 'normalizer', 'same_images', 'subset']
+    'HELD_OUT', 'VAL_FOLDER', 'Images', 'StudyData', 'fingerprint_of', 'load_data', 'normalizer', 'same_images',
+    'subset',
+]
 
 # in the name of data that are not measured on test images but on some of train/, or on those of val/
 HELD_OUT, VAL_FOLDER = ' (validation)', ' (val/)'
@@ -226,7 +228,7 @@ def subset(data: StudyData, fraction: float = 1., holdout: float = 0.) -> StudyD
     return data._replace(train=train.select(kept.sort().values)) if holdout or fraction < 1 else data
 
 
-def fingerprint(data: StudyData) -> str:
+def fingerprint_of(data: StudyData) -> str:
     """Name, number of images and a short hash of all pixels and labels."""
     digest = hashlib.sha256()
     for tensor in (*data.train, *data.test):

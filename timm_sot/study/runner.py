@@ -15,7 +15,7 @@ from torch import nn
 
 from .augment import make_epochs, room_for_epochs
 from .coupled import capturable
-from .data import Images, StudyData, fingerprint, load_data, subset
+from .data import Images, StudyData, fingerprint_of, load_data, subset
 from .engine import Recipe, Trainer, set_precision, train_epoch
 from ..errors import UserError, first_line, missing_extra, one_line, unknown_model
 from .machine import about, device_name, joined
@@ -156,17 +156,17 @@ def run_study(
     for row in rows:  # all of its errors before the first run
         check_row(row, data)
     store = Store(out)
-    name = fingerprint(data)
+    fingerprint = fingerprint_of(data)
     settings = {
-        **asdict(recipe), 'data': name, 'fraction': study.fraction, 'holdout': study.holdout, 'first': rows[0]}
+        **asdict(recipe), 'data': fingerprint, 'fraction': study.fraction, 'holdout': study.holdout, 'first': rows[0]}
     del settings['epochs']
     model, kwargs = store.settle(settings)['first']
     first = model, kwargs
 
-    setting = Setting(first, data, name, recipe, graphs)
+    setting = Setting(first, data, fingerprint, recipe, graphs)
 
     runs = [Run(model, kwargs, seed, recipe.epochs) for seed in seeds for model, kwargs in rows]
-    done = store.finished(name)
+    done = store.finished(fingerprint)
     pending = [run for run in runs if run.name not in done]
     devices = {done[run.name]['device'] for run in runs if run.name in done}
     if pending and devices and device is not None and device_name(device, recipe.precision) not in devices:
@@ -178,7 +178,7 @@ def run_study(
         make = partial(Session, device=device) if cluster is None else cluster.session
         with contextlib.closing(Progress(pending)) as progress, make(setting, store, progress, deadline) as session:
             failed = session.run(pending, parallel, workers)
-        done = store.finished(name)
+        done = store.finished(fingerprint)
     results = [done[run.name] for run in runs if run.name in done]
     if failed:
         raise RunsFailed(f'{len(failed)} of {len(runs)} runs failed, the same command tries them again: '
@@ -201,7 +201,7 @@ class Setting:
     """What the runs of a study have in common, wherever they train."""
     first: Row  # gives the others their initial values
     data: StudyData  # to train and test on
-    name: str  # fingerprint of the data
+    fingerprint: str  # of the data
     recipe: Recipe
     graphs: bool = True  # use CUDA graphs on a GPU
 
@@ -250,8 +250,8 @@ class Session:
         """
         runs = sorted(runs, key=lambda run: run.seed)  # stable: rows stay in order
         while True:
-            with self.store.claim(runs, self.setting.name, parallel) as group:
-                done = self.store.finished(self.setting.name)
+            with self.store.claim(runs, self.setting.fingerprint, parallel) as group:
+                done = self.store.finished(self.setting.fingerprint)
                 for run in runs:
                     if run.name in done:
                         self.progress.elsewhere(run)
@@ -264,7 +264,7 @@ class Session:
                     return []
                 rows = {run.row for run in runs}
                 self.trainers = {row: trainer for row, trainer in self.trainers.items() if row in rows}
-                checkpoints = [self.store.load(run, self.setting.name) for run in group]
+                checkpoints = [self.store.load(run, self.setting.fingerprint) for run in group]
                 more = any(run.seed == group[0].seed and run not in group for run in runs)
                 if not self.run_group(group, checkpoints, workers, more):
                     return []
@@ -361,13 +361,13 @@ class Session:
     def _keep(self, run: Run, record: Dict[str, Any], trainer: Trainer) -> None:
         """Store a run after an epoch."""
         if record['epoch'] < run.epochs:
-            self.store.save(run, {'data': self.setting.name, **record, 'state': trainer.state()})
+            self.store.save(run, {'data': self.setting.fingerprint, **record, 'state': trainer.state()})
             return
         top1s = record['top1']
         result = {
             'model': run.model, 'kwargs': run.kwargs, 'seed': run.seed, 'epochs': run.epochs,
             'best': max(top1s), 'final': top1s[-1], 'top1': top1s, 'loss': record['loss'],
-            'seconds': record['seconds'], **joined(record['about']), 'data': self.setting.name}
+            'seconds': record['seconds'], **joined(record['about']), 'data': self.setting.fingerprint}
         try:
             result.update(trainer.attention_statistics())
         except RuntimeError as e:  # out of memory: the weights of all tokens are in it at once

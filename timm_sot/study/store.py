@@ -29,7 +29,7 @@ try:
 except ImportError:  # not there on Windows: one process to a folder
     fcntl = None
 
-__all__ = ['KEYS', 'NOT_RECIPE', 'Run', 'Store', 'read_lines', 'read_settings']
+__all__ = ['KEYS', 'NOT_RECIPE', 'Run', 'Store', 'read_lines', 'read_settings', 'row_name']
 
 KINDS = {
     'model': str, 'kwargs': dict, 'seed': int, 'epochs': int, 'best': (int, float), 'final': (int, float), 'top1': list,
@@ -115,7 +115,7 @@ class Store:
                 return True
         return any(name.endswith('.pt') for name in os.listdir(self._path('checkpoints')))
 
-    def finished(self, data: str) -> Dict[str, Dict[str, Any]]:
+    def finished(self, fingerprint: str) -> Dict[str, Dict[str, Any]]:
         """Results of the runs on the images of that fingerprint, by the names of the runs, of each the first.
 
         Lines that cannot be read are put aside.
@@ -133,7 +133,7 @@ class Store:
                 with open(self._path('results.corrupt'), 'ab') as f:
                     f.writelines(line + b'\n' for line in bad)
                 write_file(path, b''.join(line + b'\n' for line in good))
-        return by_name([result for result in map(json.loads, good) if same_images(result['data'], data)])
+        return by_name([result for result in map(json.loads, good) if same_images(result['data'], fingerprint)])
 
     def append(self, result: Dict[str, Any]) -> None:
         """Add the line of a finished run."""
@@ -161,14 +161,14 @@ class Store:
                 torch.save(checkpoint, path + '.tmp')
                 os.replace(path + '.tmp', path)
 
-    def load(self, run: Run, data: str) -> Optional[Dict[str, Any]]:
-        """The state of a run on those images after its last finished epoch, None if there is none."""
+    def load(self, run: Run, fingerprint: str) -> Optional[Dict[str, Any]]:
+        """The state of a run on the images of that fingerprint after its last finished epoch, None without one."""
         path = self._path('checkpoints', run.name + '.pt')
         if not self.folder or not os.path.exists(path):
             return None
         try:
             checkpoint = torch.load(path, map_location='cpu', weights_only=True)
-            mine = same_images(checkpoint['data'], data)
+            mine = same_images(checkpoint['data'], fingerprint)
         except Exception as e:
             warnings.warn(f'{path} cannot be read, its run begins anew: {type(e).__name__}: {e}')
             return None
@@ -188,24 +188,24 @@ class Store:
                     os.remove(name)
 
     @contextlib.contextmanager
-    def claim(self, runs: Sequence[Run], data: str, at_most: Optional[int] = None) -> Iterator[List[Run]]:
+    def claim(self, runs: Sequence[Run], fingerprint: str, at_most: Optional[int] = None) -> Iterator[List[Run]]:
         """Take runs that are neither finished on the images of that fingerprint nor taken by another process.
 
         No other process gets them before the context ends, or this process.
 
         Args:
             runs: What to choose from, in this order.
-            data: Fingerprint.
+            fingerprint: Of the images, see `fingerprint_of`.
             at_most: How many, all of one seed; None for all that there are.
         """
         taken: List[Run] = []
         with contextlib.ExitStack() as stack:
-            done = self.finished(data)
+            done = self.finished(fingerprint)
             for run in runs:
                 if at_most is not None and taken and (len(taken) == at_most or run.seed != taken[0].seed):
                     break
                 if run.name not in done and stack.enter_context(self._claim(run)):
-                    done = self.finished(data)  # by another process before we had the lock
+                    done = self.finished(fingerprint)  # by another process before we had the lock
                     taken += [run] * (run.name not in done)
             yield taken
 
