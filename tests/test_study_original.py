@@ -1,6 +1,6 @@
 """ What the original experiment published """
 import pytest
-from study_lines import CIFAR, RECIPE, HELD_OUT_DATA
+from study_lines import CIFAR, HELD_OUT_DATA, RECIPE
 
 from timm_sot.study import original
 from timm_sot.study.presets import PRESETS
