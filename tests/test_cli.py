@@ -250,6 +250,15 @@ def test_attention_of_an_empty_folder(tmp_path, capsys):
     assert capsys.readouterr().err == f'timm-sot: error: {tmp_path} holds no images.\n'
 
 
+def test_attention_of_a_model_that_has_none(monkeypatch, capsys):
+    """It is said before any weights are asked for."""
+    asked = []
+    monkeypatch.setattr('timm.models._builder.load_pretrained', lambda *args, **kwargs: asked.append(args))
+    assert main(['attention', 'compare', '--models', 'resnet10t']) == 2
+    assert 'model (ResNet) has no timm.layers.Attention' in capsys.readouterr().err and not asked
+    assert main(['attention', 'compare', '--models', 'cct_2', '--layer', '5']) == 2 and asked
+
+
 def test_attention_of_checkpoints(drawn, tmp_path):
     states = [timm.create_model('cct_2').state_dict() for _ in range(2)]
     save_file(states[0], tmp_path / 'a.safetensors')

@@ -10,6 +10,7 @@ from timm.layers import to_2tuple
 from torch import nn
 
 from ..errors import UserError, first_line, one_line, unknown_model
+from ..patch import attention_layers
 
 __all__ = ['digits', 'find_images', 'load_image', 'load_models', 'model_input', 'shown_pixels', 'token_grid']
 
@@ -68,6 +69,8 @@ def load_model(name: str, checkpoint: str, untrained: bool, model_kwargs: Dict[s
     overlay = dict(pretrained_cfg_overlay=dict(file=checkpoint)) if checkpoint else {}
     default = bool(place) or timm.models.is_model_pretrained(name)
     trained = bool(checkpoint) or default and not untrained
+    if trained and not checkpoint and not place:
+        check_attention(name, model_kwargs)
     try:
         model = timm.create_model(name, pretrained=trained, **overlay, **model_kwargs)
     except Exception as e:  # of any of the libraries by which timm reads files and makes requests
@@ -79,6 +82,19 @@ def load_model(name: str, checkpoint: str, untrained: bool, model_kwargs: Dict[s
             hint = ' (--checkpoint or --untrained do without them)'
         raise UserError(f'cannot create {name} with {what}{also}: {one_line(e)}{hint}') from e
     return model.eval(), trained
+
+
+def check_attention(name: str, model_kwargs: Dict[str, Any]) -> None:
+    """Raise a UserError for a model without attention layers before its weights are asked for, perhaps of the Hub."""
+    try:
+        with torch.device('meta'):
+            model = timm.create_model(name, **model_kwargs)
+    except Exception:  # what is wrong with it is said when it is made with its weights
+        return
+    try:
+        attention_layers(model)
+    except ValueError as e:
+        raise UserError(e) from e
 
 
 def load_image(path: str) -> Image.Image:
