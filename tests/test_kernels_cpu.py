@@ -75,17 +75,17 @@ def test_iterations(iters, reg):
 
 @pytest.mark.parametrize('distance', ['euclidean', 'cosine'])
 @pytest.mark.parametrize('reg', [0.02, 0.1, 1.])
-@pytest.mark.parametrize('operand', ['q', 'qk', 'qkt'])
-def test_count_of_iterations(operand, reg, distance):
+@pytest.mark.parametrize('operands', ['q', 'qk', 'qkt'])
+def test_count_of_iterations(operands, reg, distance):
     """As in plain torch in float64, which stops in them."""
     q, k, _, _ = make_inputs(2, 2, 20, 20)
     x = q.double()
-    y = {'q': x, 'qk': k.double(), 'qkt': k.double().transpose(-2, -1)}[operand]
+    y = {'q': x, 'qk': k.double(), 'qkt': k.double().transpose(-2, -1)}[operands]
     log_kernel = (pairwise_cost(x, y, distance, 'row') / -reg).masked_fill(torch.eye(20, dtype=torch.bool), -math.inf)
     counts = []
     for iters in (7, 2 * cpu.MAX_KEPT_ITERS + 5):
         for tol in (1e9, 0.3, 0.1, 1e-2, 1e-4, 0.):
-            counts.append(cpu.count_iterations(q, k, operand, reg, iters, tol, distance))
+            counts.append(cpu.count_iterations(q, k, operands, reg, iters, tol, distance))
             assert counts[-1] == iterate_step_by_step(log_kernel, iters, tol / reg, None)[2]
     assert len(set(counts)) >= 4
 

@@ -6,7 +6,7 @@ import threading
 import pytest
 import torch
 
-from timm_sot.kernels.threads import LEAST_WORK, share_out
+from timm_sot.kernels.threads import LEAST_WORK, run_in_threads
 
 
 @pytest.fixture
@@ -20,7 +20,7 @@ def four_threads():
 def parts(problems, work):
     """What is called, in order."""
     calls = []
-    share_out(lambda *args: calls.append((*args, threading.get_ident())), problems, work, 'argument')
+    run_in_threads(lambda *args: calls.append((*args, threading.get_ident())), problems, work, 'argument')
     assert all(call[2] == 'argument' for call in calls)
     return sorted(call[:2] for call in calls)
 
@@ -42,7 +42,7 @@ def test_no_thread_for_little_work(four_threads, problems, work, expected):
 
 def test_parts_run_at_once(four_threads):
     barrier, places = threading.Barrier(4), []
-    share_out(lambda first, last: places.append(barrier.wait(timeout=30)), 4, LEAST_WORK)
+    run_in_threads(lambda first, last: places.append(barrier.wait(timeout=30)), 4, LEAST_WORK)
     assert sorted(places) == [0, 1, 2, 3]
 
 
@@ -52,7 +52,7 @@ def test_errors_of_a_thread_are_raised(four_threads):
             raise FloatingPointError('the last part')
 
     with pytest.raises(FloatingPointError, match='the last part'):
-        share_out(fail, 4, LEAST_WORK)
+        run_in_threads(fail, 4, LEAST_WORK)
 
 
 @pytest.mark.slow

@@ -417,3 +417,14 @@ def test_layers_count_as_those_of_apply_sot(vit, image, layer):
     maps = attention_maps(vit.eval(), model_input(vit, image)[None])
     assert figures.find_layer(maps, layer, 'vit', 'sot') == 'blocks.1'
     assert figures.find_layer(maps, None, 'vit') == 'blocks.2'
+
+
+def test_a_layer_without_the_matrix(image):
+    """It is refused, whichever way it is named, and not taken for another."""
+    model = apply_sot(timm.create_model('vit_tiny_patch16_224', **{**TINY, 'depth': 4}), 'sot_qk', blocks=[-2, -1])
+    for draw in (figures.reg, lambda *args, **kwargs: figures.patches(*args, matrix='sot', **kwargs)):
+        for layer, key in ((None, 'blocks.3'), (-1, 'blocks.3'), (-2, 'blocks.2'), (2, 'blocks.2')):
+            assert key in texts(draw({'vit': model}, image, layer=layer))
+        for layer, key in ((0, 'blocks.0'), (1, 'blocks.1'), (-3, 'blocks.1'), ('blocks.0', 'blocks.0')):
+            with pytest.raises(ValueError, match=rf'{key} of vit makes no SOT matrix; these do: blocks\.2, blocks\.3\.'):
+                draw({'vit': model}, image, layer=layer)

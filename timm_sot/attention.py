@@ -85,12 +85,12 @@ def sot_attention_weights(
         Weights in the dtype of `q`; computed in float32, or float64 for float64, also under autocast.
     """
     if torch.jit.is_scripting():  # TorchScript has no context managers to choose from
-        return _sot_attention_weights(q, k, operands, softmax, distance, reg, iters, tol)[1]
+        return sot_and_weights(q, k, operands, softmax, distance, reg, iters, tol)[1]
     with autocast_disabled(q.device):
-        return _sot_attention_weights(q, k, operands, softmax, distance, reg, iters, tol)[1]
+        return sot_and_weights(q, k, operands, softmax, distance, reg, iters, tol)[1]
 
 
-def _sot_attention_weights(
+def sot_and_weights(
         q: torch.Tensor,
         k: torch.Tensor,
         operands: str,
@@ -132,8 +132,8 @@ def shares_attention_weights(
         q: Queries.
         k: Keys.
         log_reg: Logarithm of the regularization of each head, (H, 1, 1); what is below MIN_REG counts as MIN_REG.
-        share: What the logarithm of a token's share is linear in its key by, (H, D, 1); None for softmax in the place
-            of the plan.
+        share: Vector w_h of each head, (H, D, 1): the shares of the tokens are softmax_j(w_h.k_j); None for softmax in
+            the place of the plan.
         iters: Number of Sinkhorn iterations.
 
     Returns:

@@ -13,8 +13,8 @@ from typing import Any, Optional, Tuple
 
 import torch
 
-from .operands import dropout_numbers, empty_heads
-from .threads import share_out
+from .operands import SCALING_MIN_REG, dropout_numbers, empty_heads
+from .threads import run_in_threads
 
 __all__ = [
     'MAX_TOKENS',
@@ -35,9 +35,6 @@ MAX_TOKENS = 8192
 
 # The scaling vectors of more iterations than this are not kept for the backward pass but found again.
 MAX_KEPT_ITERS = 16
-
-# As in `onchip`: below, the scaling vectors would leave the range of float32.
-SCALING_MIN_REG = 0.05
 
 
 def padded(n: int) -> int:
@@ -63,7 +60,7 @@ def empty_saved(q: torch.Tensor, iters: int) -> torch.Tensor:
 
 def _numbers(
         q: torch.Tensor,
-        operand: str,
+        operands: str,
         softmax: bool,
         reg: float,
         iters: int,
@@ -78,7 +75,7 @@ def _numbers(
     drop_below, keep_factor = dropout_numbers(dropout_p)
     return (
         N, D, iters, np.float32(reg), np.float32(scale), np.uint32(drop_below), np.float32(keep_factor),
-        operand == 'q', operand == 'qkt', distance == 'cosine', softmax, reg < SCALING_MIN_REG,
+        operands == 'q', operands == 'qkt', distance == 'cosine', softmax, reg < SCALING_MIN_REG,
         iters <= MAX_KEPT_ITERS, dropout_p > 0.)
 
 
@@ -97,7 +94,7 @@ def sot_attention_forward(
         q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
-        operand: str,
+        operands: str,
         softmax: bool,
         reg: float,
         iters: int,
@@ -118,10 +115,10 @@ def sot_attention_forward(
     B, H = q.shape[:2]
     out = empty_heads(q, torch.float32)
     saved = empty_saved(q, iters)
-    numbers = _numbers(q, operand, softmax, reg, iters, scale, dropout_p, distance)
-    share_out(
+    numbers = _numbers(q, operands, softmax, reg, iters, scale, dropout_p, distance)
+    run_in_threads(
         attention_forward, B * H, work(q, iters),
-        H, *flat(q), *flat(q if operand == 'q' else k), *flat(v), *flat(out), saved.numpy(), seed_number(seed),
+        H, *flat(q), *flat(q if operands == 'q' else k), *flat(v), *flat(out), saved.numpy(), seed_number(seed),
         *numbers)
     return out.to(q.dtype), saved
 
@@ -129,7 +126,7 @@ def sot_attention_forward(
 def count_iterations(
         q: torch.Tensor,
         k: torch.Tensor,
-        operand: str,
+        operands: str,
         reg: float,
         iters: int,
         tol: float,
@@ -144,7 +141,7 @@ def count_iterations(
     Args:
         q: As `sot_attention_forward`, and so are the others but `tol`.
         k: See there.
-        operand: See there.
+        operands: See there.
         reg: See there.
         iters: See there.
         tol: Bound of the mean over all problems of sum_i |u_i - previous u_i|, in units of the cost.
@@ -157,10 +154,10 @@ def count_iterations(
     most = min(iters, MAX_KEPT_ITERS)
     while True:
         saved = q.new_empty(B * H, N + 1 + 2 * most, padded(N), dtype=torch.float32)
-        *numbers, _, dropout = _numbers(q, operand, True, reg, most, 1., 0., distance)
-        share_out(
+        *numbers, _, dropout = _numbers(q, operands, True, reg, most, 1., 0., distance)
+        run_in_threads(
             attention_forward, B * H, work(q, most),
-            H, *flat(q), *flat(q if operand == 'q' else k), *flat(q), *flat(out), saved.numpy(), seed_number(None),
+            H, *flat(q), *flat(q if operands == 'q' else k), *flat(q), *flat(out), saved.numpy(), seed_number(None),
             *numbers, True, dropout)
         if not out.isfinite().all():  # such a problem has no vectors, and its changes are below no bound
             return iters
@@ -179,7 +176,7 @@ def sot_attention_backward(
         k: torch.Tensor,
         v: torch.Tensor,
         saved: torch.Tensor,
-        operand: str,
+        operands: str,
         softmax: bool,
         reg: float,
         iters: int,
@@ -188,15 +185,15 @@ def sot_attention_backward(
         seed: Optional[torch.Tensor] = None,
         distance: str = 'euclidean',
 ) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of `sot_attention_forward` for q, k and v, in their dtype; k's has no elements for operand 'q'."""
+    """Gradients of `sot_attention_forward` for q, k and v, in their dtype; k's has no elements for operands 'q'."""
     from .cpu_loops import attention_backward
 
     B, H = q.shape[:2]
-    own = operand == 'q'
+    own = operands == 'q'
     grad_q, grad_v = empty_heads(q, torch.float32), empty_heads(q, torch.float32)
     grad_k = grad_q if own else empty_heads(q, torch.float32)
-    numbers = _numbers(q, operand, softmax, reg, iters, scale, dropout_p, distance)
-    share_out(
+    numbers = _numbers(q, operands, softmax, reg, iters, scale, dropout_p, distance)
+    run_in_threads(
         attention_backward, B * H, 2 * work(q, iters),
         H, *flat(q), *flat(q if own else k), *flat(v), *flat(grad_out), saved.detach().numpy(), seed_number(seed),
         flat(grad_q)[0], flat(grad_k)[0], *flat(grad_v), *numbers)

@@ -935,7 +935,7 @@ def _cosine_kernel(cosines, kernel, shares, log_shares, N, scale):
 
 
 @_fast
-def _share_out_columns(inverse_sums, shares, b, N):
+def _column_factors(inverse_sums, shares, b, N):
     """Factors of the columns: what the shares are of the column sums, divided by their own sum, which cancels."""
     total = ZERO
     for j in range(N):
@@ -1022,7 +1022,7 @@ def shares_forward(
         for t in range(iters):
             _copy(b, inverse_sums)
             _iterate(kernel, a, inverse_sums, sums, N, N, ONE, ONE)
-            _share_out_columns(inverse_sums, shares, b, N)
+            _column_factors(inverse_sums, shares, b, N)
         _prefetch_rows(v, v_strides, problem + 1, last, heads, N, D)
         _rows_of_sum_one(kernel, b, weights, N)
         if dropout:
@@ -1076,7 +1076,7 @@ def shares_backward(
                 _iterate(kernel, a, inverse_sums, sums, N, N, ONE, ONE)
                 _copy(a, rows[t])
                 _copy(inverse_sums, inverses[t])
-                _share_out_columns(inverse_sums, shares, columns[t + 1], N)
+                _column_factors(inverse_sums, shares, columns[t + 1], N)
             _rows_of_sum_one(kernel, columns[iters], weights, N)
 
             # out = dropout(weights) v

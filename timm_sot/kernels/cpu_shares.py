@@ -9,7 +9,7 @@ import torch
 
 from .cpu import flat, padded, seed_number, work
 from .operands import dropout_numbers, empty_heads
-from .threads import share_out
+from .threads import run_in_threads
 
 __all__ = ['empty_saved', 'shares_forward', 'shares_backward']
 
@@ -48,7 +48,7 @@ def shares_forward(
 
     B, H, N, D = q.shape
     out, cosines = empty_heads(q, torch.float32), empty_saved(q, iters)
-    share_out(
+    run_in_threads(
         loops, B * H, work(q, iters),
         H, *flat(q), *flat(k), *flat(v), *flat(out), cosines.numpy(), *_parameters(scale, log_shares),
         seed_number(seed), N, D, iters, *_dropout(dropout_p))
@@ -73,7 +73,7 @@ def shares_backward(
     B, H, N, D = q.shape
     grads = [empty_heads(q, torch.float32) for _ in range(3)]
     grad_scale, grad_log_shares = scale.new_empty(B * H), log_shares.new_empty(B * H, N)
-    share_out(
+    run_in_threads(
         loops, B * H, 2 * work(q, iters),
         H, *flat(q), *flat(k), *flat(v), *flat(grad_out), cosines.detach().numpy(), *_parameters(scale, log_shares),
         seed_number(seed), *(flat(grad)[0] for grad in grads), flat(grads[0])[1], grad_scale.numpy(),

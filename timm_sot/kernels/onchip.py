@@ -22,13 +22,16 @@ import torch
 import triton
 import triton.language as tl
 
-from .operands import dropout_numbers, empty_gradients, empty_heads, matched_points, unit_stride
+from .operands import (
+    SCALING_MIN_REG,
+    dropout_numbers,
+    empty_gradients,
+    empty_heads,
+    matched_points,
+    unit_stride,
+)
 
 __all__ = ['empty_saved', 'sot_attention_forward', 'sot_attention_backward']
-
-# Costs are in [0, 1], so log-kernel entries are in [-1 / reg, 0]; with a masked diagonal the scaling vectors span up to
-# a few times exp(1 / reg). Float32 ends at exp(88): exp(4 / reg) is inside.
-SCALING_MIN_REG = 0.05
 
 LOWEST_RANDOM = -2 ** 31  # the random numbers are signed
 
@@ -456,7 +459,7 @@ def _tiles(q: torch.Tensor, dropout_p: float) -> Dict[str, object]:
 
 def _specialize(
         q: torch.Tensor,
-        operand: str,
+        operands: str,
         softmax: bool,
         reg: float,
         dropout_p: float,
@@ -464,7 +467,7 @@ def _specialize(
 ) -> Dict[str, object]:
     """Compile-time arguments of both kernels."""
     return dict(
-        SELF=operand == 'q',
+        SELF=operands == 'q',
         COSINE=distance == 'cosine',
         SOFTMAX=softmax,
         LOG=reg < SCALING_MIN_REG,
@@ -482,7 +485,7 @@ def sot_attention_forward(
         q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
-        operand: str,
+        operands: str,
         softmax: bool,
         reg: float,
         iters: int,
@@ -495,9 +498,9 @@ def sot_attention_forward(
 
     Args:
         q: Queries.
-        k: Keys; not read for operand 'q'.
+        k: Keys; not read for operands 'q'.
         v: Values.
-        operand: What the queries are matched with: 'q' themselves, 'qk' the keys, 'qkt' the columns of the keys
+        operands: What the queries are matched with: 'q' themselves, 'qk' the keys, 'qkt' the columns of the keys
             (N == D).
         softmax: Put the scaled matrix through a softmax over the keys.
         reg: Entropy regularization.
@@ -512,9 +515,9 @@ def sot_attention_forward(
         N) in float32: their logarithms to base 2 where reg < SCALING_MIN_REG.
     """
     B, H, N, D = q.shape
-    options = _specialize(q, operand, softmax, reg, dropout_p, distance)
+    options = _specialize(q, operands, softmax, reg, dropout_p, distance)
     q, v = unit_stride(q), unit_stride(v)
-    k = matched_points(q, k, operand)
+    k = matched_points(q, k, operands)
     out, scalings = empty_heads(q), empty_saved(q, iters)
     config = _forward_config(options['BLOCK_N'], options['BLOCK_D'], q.dtype)
     _forward_kernel[(B * H,)](
@@ -532,7 +535,7 @@ def sot_attention_backward(
         k: torch.Tensor,
         v: torch.Tensor,
         scalings: torch.Tensor,
-        operand: str,
+        operands: str,
         softmax: bool,
         reg: float,
         iters: int,
@@ -541,14 +544,14 @@ def sot_attention_backward(
         seed: Optional[torch.Tensor] = None,
         distance: str = 'euclidean',
 ) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of `sot_attention_forward` for q, k and v, in their dtype; k's has no elements for operand 'q'."""
+    """Gradients of `sot_attention_forward` for q, k and v, in their dtype; k's has no elements for operands 'q'."""
     B, H, N, D = q.shape
-    options = _specialize(q, operand, softmax, reg, dropout_p, distance)
+    options = _specialize(q, operands, softmax, reg, dropout_p, distance)
     q, v, grad_out = unit_stride(q), unit_stride(v), unit_stride(grad_out)
-    k = matched_points(q, k, operand)
-    grad_q, grad_k, grad_v = empty_gradients(q, operand)
+    k = matched_points(q, k, operands)
+    grad_q, grad_k, grad_v = empty_gradients(q, operands)
     # of the columns of k, its gradient is written as the kernel reads k
-    grad_k_strides = (1, H * D) if operand == 'qkt' else (H * D, 1)
+    grad_k_strides = (1, H * D) if operands == 'qkt' else (H * D, 1)
     config = _backward_config(options['BLOCK_N'], options['BLOCK_D'], q.dtype)
     _backward_kernel[(B * H,)](
         q, k, v, grad_out, scalings, scalings if seed is None else seed, grad_q, grad_k, grad_v,

@@ -4,6 +4,7 @@ from typing import Optional, Tuple
 import torch
 
 __all__ = [
+    'SCALING_MIN_REG',
     'check_one_device',
     'dropout_numbers',
     'empty_gradients',
@@ -12,6 +13,11 @@ __all__ = [
     'refuse_second_derivative',
     'unit_stride',
 ]
+
+# Least regularization at which float32 carries the scaling form. Costs are in [0, 1], so log-kernel entries are in
+# [-1 / reg, 0]; with a masked diagonal the scaling vectors span up to a few times exp(1 / reg). Float32 ends at
+# exp(88): exp(4 / reg) is inside.
+SCALING_MIN_REG = 0.05
 
 
 def check_one_device(*tensors: torch.Tensor) -> None:
@@ -25,11 +31,11 @@ def unit_stride(x: torch.Tensor) -> torch.Tensor:
     return x if x.stride(-1) == 1 and x.stride(-2) * x.shape[-2] < 2 ** 31 else x.contiguous()
 
 
-def matched_points(q: torch.Tensor, k: torch.Tensor, operand: str) -> torch.Tensor:
+def matched_points(q: torch.Tensor, k: torch.Tensor, operands: str) -> torch.Tensor:
     """What the queries are matched with: themselves for 'q', the keys for 'qk', the columns of the keys for 'qkt'."""
-    if operand == 'q':
+    if operands == 'q':
         return q
-    if operand == 'qk':
+    if operands == 'qk':
         return unit_stride(k)
     # their rows are read across: only that they lie together matters
     return (k if max(k.stride()[-2:]) * k.shape[-1] < 2 ** 31 else k.contiguous()).transpose(-2, -1)
@@ -41,9 +47,9 @@ def empty_heads(q: torch.Tensor, dtype: Optional[torch.dtype] = None) -> torch.T
     return q.new_empty(B, N, H, D, dtype=dtype).transpose(1, 2)
 
 
-def empty_gradients(q: torch.Tensor, operand: str) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Room for the gradients of q, k and v; that of k has no elements for operand 'q'."""
-    return empty_heads(q), q.new_empty(0) if operand == 'q' else empty_heads(q), empty_heads(q)
+def empty_gradients(q: torch.Tensor, operands: str) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Room for the gradients of q, k and v; that of k has no elements for operands 'q'."""
+    return empty_heads(q), q.new_empty(0) if operands == 'q' else empty_heads(q), empty_heads(q)
 
 
 def dropout_numbers(p: float, lowest: int = 0) -> Tuple[int, float]:

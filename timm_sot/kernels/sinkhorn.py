@@ -18,9 +18,9 @@ from typing import List, Optional, Tuple
 
 import torch
 
-from .operands import check_one_device
+from .operands import SCALING_MIN_REG, check_one_device
 from .operators import differentiate, operator, register_fake
-from .threads import loops_work, share_out
+from .threads import loops_work, run_in_threads
 
 __all__ = ['loops_pay', 'scaling_is_safe', 'sinkhorn', 'sum_columns', 'sum_rows']
 
@@ -35,7 +35,7 @@ def scaling_is_safe(spread: float, dtype: torch.dtype) -> bool:
             span a few times as much, with masked entries.
         dtype: float32, which ends at exp(88), or float64, which ends at exp(709).
     """
-    return spread <= (160. if dtype == torch.float64 else 20.)
+    return spread <= (160. if dtype == torch.float64 else 1 / SCALING_MIN_REG)
 
 
 def loops_pay(problems: torch.Tensor, scaling: bool) -> bool:
@@ -168,7 +168,7 @@ def _run_loops(
 
     out = torch.empty_like(tensors[0])
     P, N, M = out.shape
-    share_out(
+    run_in_threads(
         getattr(cpu_loops, name), P, products * N * M * iters,
         *(x.detach().numpy() for x in tensors), out.numpy(), iters, log_r, log_c)
     return out

@@ -623,19 +623,19 @@ def _vectors(q: torch.Tensor, *leading: int, dtype: torch.dtype = torch.float32)
     return q.new_empty(*leading, q.shape[0] * q.shape[1], q.shape[2], dtype=dtype)
 
 
-def _prepare(q: torch.Tensor, k: torch.Tensor, operand: str, reg: float, distance: str) -> _Problem:
+def _prepare(q: torch.Tensor, k: torch.Tensor, operands: str, reg: float, distance: str) -> _Problem:
     """Norms and row maxima."""
     B, H, N, D = q.shape
     x = unit_stride(q)
-    y = matched_points(x, k, operand)
+    y = matched_points(x, k, operands)
     if q.dtype == torch.float32 and distance == 'euclidean':
         # distances are differences of squared norms, which cancel far from the origin
         mean = y.mean(dim=-2, keepdim=True)
         # where operands overlap in memory, torch may order the result otherwise
         x, y = unit_stride(x - mean), y - mean
-        if operand == 'q':
+        if operands == 'q':
             y = x
-        elif operand == 'qk':
+        elif operands == 'qk':
             y = unit_stride(y)
     options = dict(
         COSINE=distance == 'cosine',
@@ -647,7 +647,7 @@ def _prepare(q: torch.Tensor, k: torch.Tensor, operand: str, reg: float, distanc
     )
     grid = (triton.cdiv(N, BLOCK) * B * H,)
     norms = []
-    for z in (x,) if operand == 'q' else (x, y):
+    for z in (x,) if operands == 'q' else (x, y):
         norms.append(_vectors(q))
         _norms_kernel[grid](
             z, norms[-1], *z.stride(), H, N, D,
@@ -686,7 +686,7 @@ def sot_attention_forward(
         q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
-        operand: str,
+        operands: str,
         softmax: bool,
         reg: float,
         iters: int,
@@ -700,7 +700,7 @@ def sot_attention_forward(
     Returns:
         Output (B, H, N, D), and a tensor without elements in the place of onchip's scaling vectors.
     """
-    problem = _prepare(q, k, operand, reg, distance)
+    problem = _prepare(q, k, operands, reg, distance)
     v = unit_stride(v)
     row_potential, column_potential = _vectors(q), _vectors(q).zero_()
     for _ in range(iters):
@@ -722,7 +722,7 @@ def sot_attention_backward(
         k: torch.Tensor,
         v: torch.Tensor,
         saved: torch.Tensor,
-        operand: str,
+        operands: str,
         softmax: bool,
         reg: float,
         iters: int,
@@ -731,9 +731,9 @@ def sot_attention_backward(
         seed: Optional[torch.Tensor] = None,
         distance: str = 'euclidean',
 ) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of `sot_attention_forward` for q, k and v, in their dtype; k's has no elements for operand 'q'."""
+    """Gradients of `sot_attention_forward` for q, k and v, in their dtype; k's has no elements for operands 'q'."""
     B, H, N, D = q.shape
-    problem = _prepare(q, k, operand, reg, distance)
+    problem = _prepare(q, k, operands, reg, distance)
     v, grad_out = unit_stride(v), unit_stride(grad_out)
 
     # the iterations again; column potential t is the one that iteration t starts from
@@ -755,7 +755,7 @@ def sot_attention_backward(
             *problem.matrices, v, grad_out, *problem.vectors, *last, denominator, delta,
             *strides, *problem.sizes, *numbers, **options)
 
-    grad_q, grad_k, grad_v = empty_gradients(q, operand)
+    grad_q, grad_k, grad_v = empty_gradients(q, operands)
     grad_rows, grad_columns, moment = _vectors(q), _vectors(q), _vectors(q)
     for axis, sums in ((1, grad_rows), (0, grad_columns)):
         _plan_gradient_kernel[problem.grid](
@@ -779,16 +779,16 @@ def sot_attention_backward(
                 grad_row_potentials[t], grad_rows, grad_column_potentials[t - 1],
                 *problem.strides, *problem.sizes, reg, AXIS=0, INIT=False, **problem.options)
 
-    # operand 'q' sums the gradients of both sides, in float32
-    by_rows = empty_heads(q, torch.float32) if operand == 'q' else grad_q
-    by_columns = grad_q if operand == 'q' else grad_k
+    # operands 'q' sums the gradients of both sides, in float32
+    by_rows = empty_heads(q, torch.float32) if operands == 'q' else grad_q
+    by_columns = grad_q if operands == 'q' else grad_k
     grad_max = _vectors(q)
     for axis, out in ((1, by_rows), (0, by_columns)):
         _cost_gradient_kernel[problem.grid](
             *problem.matrices, v, grad_out, *problem.vectors, problem.row_max_index,
             row_potentials, column_potentials, grad_row_potentials, grad_column_potentials,
             largest, largest_i, largest_j, grad_largest, seed, denominator, delta, grad_max, by_rows, out,
-            *strides, *((1, H * D) if axis == 0 and operand == 'qkt' else (H * D, 1)),
+            *strides, *((1, H * D) if axis == 0 and operands == 'qkt' else (H * D, 1)),
             *problem.sizes, B * H, iters, *numbers,
-            AXIS=axis, ADD=axis == 0 and operand == 'q', SOFTMAX=softmax, **options)
+            AXIS=axis, ADD=axis == 0 and operands == 'q', SOFTMAX=softmax, **options)
     return grad_q, grad_k, grad_v

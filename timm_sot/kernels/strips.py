@@ -532,14 +532,14 @@ def _cost_gradient_kernel(
 
 def _specialized(
         q: torch.Tensor,
-        operand: str,
+        operands: str,
         softmax: bool,
         reg: float,
         dropout_p: float,
         distance: str,
 ) -> Dict[str, object]:
     """Compile-time arguments of the kernels."""
-    constants = _specialize(q, operand, softmax, reg, dropout_p, distance)
+    constants = _specialize(q, operands, softmax, reg, dropout_p, distance)
     del constants['EVEN'], constants['SELF']
     return dict(BLOCK_M=BLOCK_M, **constants)
 
@@ -554,7 +554,7 @@ def sot_attention_forward(
         q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
-        operand: str,
+        operands: str,
         softmax: bool,
         reg: float,
         iters: int,
@@ -571,9 +571,9 @@ def sot_attention_forward(
         vectors of all iterations, or their logarithms to base 2 where reg < SCALING_MIN_REG.
     """
     B, H, N, D = q.shape
-    constants = _specialized(q, operand, softmax, reg, dropout_p, distance)
+    constants = _specialized(q, operands, softmax, reg, dropout_p, distance)
     q, v = unit_stride(q), unit_stride(v)
-    k = matched_points(q, k, operand)
+    k = matched_points(q, k, operands)
     out, saved = empty_heads(q), empty_saved(q, iters)
     _forward_kernel[(B * H,)](
         q, k, v, out, saved, saved if seed is None else seed,
@@ -590,7 +590,7 @@ def sot_attention_backward(
         k: torch.Tensor,
         v: torch.Tensor,
         saved: torch.Tensor,
-        operand: str,
+        operands: str,
         softmax: bool,
         reg: float,
         iters: int,
@@ -599,18 +599,18 @@ def sot_attention_backward(
         seed: Optional[torch.Tensor] = None,
         distance: str = 'euclidean',
 ) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of `sot_attention_forward` for q, k and v, in their dtype; k's has no elements for operand 'q'."""
+    """Gradients of `sot_attention_forward` for q, k and v, in their dtype; k's has no elements for operands 'q'."""
     B, H, N, D = q.shape
-    constants = _specialized(q, operand, softmax, reg, dropout_p, distance)
+    constants = _specialized(q, operands, softmax, reg, dropout_p, distance)
     of_matrix = {name: constants[name] for name in ('SOFTMAX', 'DROPOUT')}
     shared = {name: value for name, value in constants.items() if name not in of_matrix}
     q, v, grad_out = unit_stride(q), unit_stride(v), unit_stride(grad_out)
-    k = matched_points(q, k, operand)
+    k = matched_points(q, k, operands)
     strides = *q.stride()[:3], *k.stride()
     more_strides = *v.stride()[:3], *grad_out.stride()[:3]
     numbers = reg, scale, *dropout_numbers(dropout_p, LOWEST_RANDOM)
     seed = saved if seed is None else seed
-    grad_q, grad_k, grad_v = empty_gradients(q, operand)
+    grad_q, grad_k, grad_v = empty_gradients(q, operands)
 
     grad_rows, grad_columns = saved.new_empty(2, *saved.shape[::2])
     grad_largest = saved.new_empty(B * H)
@@ -622,13 +622,13 @@ def sot_attention_backward(
         q, k, saved, grad_rows, grad_columns, grad_largest, vectors,
         *strides, H, N, D, iters, **shared, **BACKWARD)
     # of the queries among themselves both sides are summed, in float32
-    grad_x, grad_y = (empty_heads(q, torch.float32), empty_heads(q, torch.float32)) if operand == 'q' \
+    grad_x, grad_y = (empty_heads(q, torch.float32), empty_heads(q, torch.float32)) if operands == 'q' \
         else (grad_q, grad_k)
     # of the columns of k, its gradient is written as the kernel reads k
     _cost_gradient_kernel[(B * H,)](
         q, k, v, grad_out, saved, seed, grad_largest, vectors, grad_x, grad_y,
-        *strides, *more_strides, *((1, H * D) if operand == 'qkt' else (H * D, 1)),
+        *strides, *more_strides, *((1, H * D) if operands == 'qkt' else (H * D, 1)),
         H, N, D, iters, *numbers, **constants, **BACKWARD)
-    if operand == 'q':
+    if operands == 'q':
         torch.add(grad_x, grad_y, out=grad_q)
     return grad_q, grad_k, grad_v

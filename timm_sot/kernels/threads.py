@@ -8,7 +8,7 @@ from typing import Any, Callable
 
 import torch
 
-__all__ = ['loops_work', 'share_out']
+__all__ = ['loops_work', 'run_in_threads']
 
 LEAST_WORK = 2 ** 20  # multiplications of a thread, a tenth of a millisecond: to start one takes about as long
 
@@ -29,7 +29,7 @@ def loops_work() -> bool:
     return True
 
 
-def share_out(loops: Callable[..., None], problems: int, work: int, *args: Any) -> None:
+def run_in_threads(loops: Callable[..., None], problems: int, work: int, *args: Any) -> None:
     """Call loops(first, last, *args) for parts of the problems, in up to as many threads as torch uses.
 
     Not numba's own threads: those abort the process when two threads of Python arrive at once, or after a fork.

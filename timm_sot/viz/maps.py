@@ -7,7 +7,7 @@ import torch
 from timm.layers import Attention
 from torch import nn
 
-from ..attention import SOTAttention, _sot_attention_weights
+from ..attention import SOTAttention, sot_and_weights
 from ..patch import attention_layers
 from ..transform import autocast_disabled
 
@@ -113,7 +113,7 @@ def recording(layer: Attention, record: Dict[str, torch.Tensor]) -> Iterator[Non
         if attn_mask is not None or is_causal:
             return SOTAttention.attention_weights(layer, q, k, attn_mask, is_causal)  # refuses
         with autocast_disabled(q.device):
-            inputs['sot'], weights = _sot_attention_weights(
+            inputs['sot'], weights = sot_and_weights(
                 q, k, layer.operands, layer.softmax, layer.distance, layer.reg, layer.iters, layer.tol)
         return weights
 
