@@ -656,8 +656,8 @@ def test_changing_to_and_from_shares():
 @pytest.mark.parametrize('kwargs, message', [
     (dict(reg=0.02), "reg=0.02 must be at least 0.03 for variant 'sot_shares'"),
     (dict(tol=0.1), "tol=0.1 must be None for variant 'sot_shares'"),
-    (dict(iters=-1), 'iters=-1 must be an integer of at least 1'),
-    (dict(iters=False), 'iters=False must be an integer of at least 1'),
+    (dict(iters=-1), 'iters=-1 must be an integer of at least 0'),
+    (dict(iters=False), 'iters=False must be an integer of at least 0'),
 ])
 def test_bad_arguments_of_shares(kwargs, message):
     with pytest.raises(ValueError, match=re.escape(message)):
