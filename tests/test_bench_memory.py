@@ -25,10 +25,10 @@ def test_memory_rows(monkeypatch):
 def test_train_once(monkeypatch):
     core, shapes = memory.sot_core, []
 
-    def in_two_heads(variant):
+    def watched(variant):
         return lambda q, k, v: shapes.append(q.shape) or core(variant)(q, k, v)
 
-    monkeypatch.setattr(memory, 'sot_core', in_two_heads)
+    monkeypatch.setattr(memory, 'sot_core', watched)
     memory.train_once(32, torch.float32, CPU)
     assert shapes == [(1, 2, 32, memory.D)]
     monkeypatch.setattr(memory, 'sot_core', lambda variant: lambda q, k, v: v * float('nan'))
