@@ -243,6 +243,15 @@ def test_user_errors(tmp_path, capsys, monkeypatch):
     assert not (tmp_path / 'out').exists()
 
 
+def test_val_comes_before_test(tmp_path, digits_dir):
+    network, _ = study(tmp_path / 'study')
+    assert evaluate(network, str(digits_dir)).split == 'test'
+    for split, there in (('val', 'train'), ('test', 'test')):
+        (tmp_path / split).symlink_to(digits_dir / there)
+    score = evaluate(network, str(tmp_path))
+    assert (score.split, score.images) == ('val', 400)
+
+
 def test_other_classes_are_refused(tmp_path, digits_dir, capsys):
     _, checkpoint = study(tmp_path / 'study', kwargs=dict(num_classes=3))
     assert run(checkpoint, '--out', tmp_path / 'x', '--data-dir', digits_dir) == 2

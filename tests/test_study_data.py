@@ -214,6 +214,13 @@ def test_images_of_val_are_validation_images(folder, tmp_path):
     assert subset(data, holdout=0.1).name == 'tiny' + HELD_OUT
 
 
+def test_val_comes_before_test(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / 'tiny')
+    shutil.copytree(tmp_path / 'tiny' / 'train', tmp_path / 'tiny' / 'val')
+    data = load_data(str(tmp_path / 'tiny'), (8, 8))
+    assert data.name == 'tiny' + VAL_FOLDER and len(data.test.labels) == 24
+
+
 @pytest.fixture
 def cifar10(tmp_path, monkeypatch):
     """A folder with ten images of each set in the files of CIFAR-10, which are not asked for their checksums."""

@@ -100,7 +100,7 @@ def _add_study(commands) -> None:
     group.add_argument('--seed', nargs='+', type=_seed, metavar='N',
                        help='seeds; every row is trained with each')
     group.add_argument('--data-dir', default='', metavar='DIR',
-                       help='folder, or tar archive, with train/<class>/ and val/<class>/ or test/<class>/')
+                       help='folder, or tar archive, with train/<class>/ and val/<class>/, or else test/<class>/')
     group.add_argument('--dataset', default='', metavar='NAME',
                        help="dataset in --data-dir as timm's train.py names it, e.g. torch/cifar10 (default: a folder "
                             'of images)')

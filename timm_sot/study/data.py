@@ -116,16 +116,16 @@ def load_archive(path: str, img_size: Tuple[int, int], workers: int = 0) -> Stud
 
 
 def load_folder(root: str, img_size: Tuple[int, int], workers: int = 0) -> StudyData:
-    """An image folder as timm reads them: `train/<class>/*` and `val/<class>/*` or `test/<class>/*`."""
+    """An image folder as timm reads them: `train/<class>/*` and `val/<class>/*`, or else `test/<class>/*`."""
     if not os.path.isdir(root):
-        raise UserError(f'{root} is not a folder; --data-dir takes one that holds train/<class>/ and val/<class>/ or '
-                        f'test/<class>/, or a tar archive of one.')
+        raise UserError(f'{root} is not a folder; --data-dir takes one that holds train/<class>/ and val/<class>/, or '
+                        f'else test/<class>/, or a tar archive of one.')
     folders = []
     for splits in (TRAIN_SPLITS, TEST_SPLITS):
         found = [os.path.join(root, split) for split in splits if os.path.isdir(os.path.join(root, split))]
         if not found:
             raise UserError(f'{root} has no folder {" or ".join(splits)}; --data-dir takes one that holds both '
-                             f'train/<class>/ and val/<class>/ or test/<class>/.')
+                             f'train/<class>/ and val/<class>/, or else test/<class>/.')
         folders.append(found[0])
     try:
         train, test = (create_dataset('', root=folder) for folder in folders)
