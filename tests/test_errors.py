@@ -1,7 +1,7 @@
 """ Errors that a user can mend """
 import pytest
 
-from timm_sot.errors import first_line, one_line
+from timm_sot.errors import first_line, one_line, unknown_model
 
 
 @pytest.mark.parametrize('error, first, one', [
@@ -11,3 +11,9 @@ from timm_sot.errors import first_line, one_line
 ])
 def test_lines(error, first, one):
     assert (first_line(error), one_line(error)) == (first, one)
+
+
+@pytest.mark.parametrize('name, hint', [
+    ('cct_2_sot_kq', 'did you mean cct_2_sot_q'), ('?', 'timm.list_models() has the names.')])
+def test_unknown_model(name, hint):
+    assert str(unknown_model(name)).startswith(f'unknown model {name!r}; {hint}')
