@@ -68,7 +68,7 @@ def original_lr(lr: float, epoch: int, epochs: int, warmup: int = 5) -> float:
 
 
 def set_precision(name: str) -> None:
-    """Set what float32 products are computed in on a GPU, and that cuDNN tries its convolutions, for the process."""
+    """Set, for the process, what float32 products are computed in on a GPU; cuDNN times its convolutions to choose."""
     torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32, _ = PRECISIONS[name]
     torch.backends.cudnn.benchmark = True
 
