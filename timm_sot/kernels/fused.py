@@ -83,8 +83,11 @@ def choose_path(
         if head_width <= TRITON_MAX_WIDTH and 64 * row <= memory:
             if tokens <= ONCHIP_MAX_TOKENS and (64 if tokens <= 64 else 128) * row <= memory:
                 return 'onchip'
-            strips &= dtype != torch.float32 and ONCHIP_MAX_TOKENS < tokens <= STRIPS_MAX_TOKENS
-            return 'strips' if strips and head_width <= STRIPS_MAX_WIDTH and STRIPS_BYTES <= memory else 'streamed'
+            # the comparisons of tokens, which may be symbolic, by themselves in an if: Dynamo of torch 2.11 needs it
+            if strips and dtype != torch.float32 and head_width <= STRIPS_MAX_WIDTH and STRIPS_BYTES <= memory:
+                if ONCHIP_MAX_TOKENS < tokens <= STRIPS_MAX_TOKENS:
+                    return 'strips'
+            return 'streamed'
     elif device.type == 'cpu':
         if cpu_works() and tokens <= cpu.MAX_TOKENS:
             return 'cpu'
