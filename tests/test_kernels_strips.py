@@ -2,9 +2,10 @@
 import pytest
 import torch
 
-from kernels import BARS, VARIANTS, assert_close, degenerate, dropout_factor, expected, make_inputs, run
+from kernels import BARS, VARIANTS, assert_close, degenerate, dropout_factor, expected, make_inputs, run, settings
 
 pytest.importorskip('triton')
+from timm_sot.kernels import strips
 
 
 @pytest.mark.parametrize('variant', VARIANTS)
@@ -122,3 +123,12 @@ def test_one_largest_entry_gets_the_gradient(reg):
     for x, y in zip(actual[1:3], wanted[1:3]):
         halves = [half.sum(dim=-2) for half in (x[..., :20, :] + x[..., 20:, :], y[..., :20, :] + y[..., 20:, :])]
         torch.testing.assert_close(halves[0].cpu().double(), halves[1], rtol=1e-3, atol=1e-4)
+
+
+def test_what_is_kept_does_not_hang_on_what_memory_held(monkeypatch):
+    """Padding included: it is an output of the operator."""
+    q, k, v, _ = make_inputs(1, 2, 20, 16)
+    empty = strips.empty_saved
+    monkeypatch.setattr(strips, 'empty_saved', lambda *args: empty(*args).fill_(float('nan')))
+    _, saved = strips.sot_attention_forward(q, k, v, *settings(q, 'sot_qk', iters=2))
+    assert saved.isfinite().all()

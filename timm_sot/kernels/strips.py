@@ -574,7 +574,8 @@ def sot_attention_forward(
     constants = _specialized(q, operands, softmax, reg, dropout_p, distance)
     q, v = unit_stride(q), unit_stride(v)
     k = matched_points(q, k, operands)
-    out, saved = empty_heads(q), empty_saved(q, iters)
+    # zeros where the kernel writes nothing: what an operator returns is not to hang on what memory held
+    out, saved = empty_heads(q), empty_saved(q, iters).zero_()
     _forward_kernel[(B * H,)](
         q, k, v, out, saved, saved if seed is None else seed,
         *q.stride()[:3], *k.stride(), *v.stride()[:3],
