@@ -188,7 +188,7 @@ def test_early_stop(monkeypatch, variant, reg, tol, ran):
     operands, softmax, _ = ALL_VARIANTS[variant]
     given = []
     monkeypatch.setattr(fused, 'sot_attention', lambda *args: (given.append(args[6]), SOT(*args))[1])
-    q, k, v, grad = make_inputs(3, 2, 64, 64)
+    q, k, v, grad = make_inputs(3, 2, 64, 64, device='cpu')
     results = []
     for dtype in (torch.float32, torch.float64):  # there is no fused path in float64
         leaves = [x.detach().to(dtype, copy=True).requires_grad_() for x in (q, k, v)]

@@ -47,7 +47,7 @@ def test_never_nan(path, variant, seed, N, D, dtype, layout, reg, scale, iters, 
     tensors = list(make_inputs(2, 1, N, D, dtype, scale, seed, device))
     if degenerate_rows:
         tensors[0], tensors[1] = tensors[0].clone(), tensors[1].clone()
-        tensors[0][:, 0, ::2] = tensors[0][:, 0, :1]
+        tensors[0][:, 0, ::2] = tensors[0][:, 0, :1].clone()
         tensors[1][:, 0, ::3] = tensors[0][:, 0, :1]
         tensors[0][0, :, -1] = 0
         tensors[1][0, :, 0] = 0
@@ -80,7 +80,7 @@ def test_shares_never_nan(path, seed, N, D, dtype, layout, reg, share, scale, it
         path, 2, 1, N, D, dtype, reg=reg, share=share / scale if share < 1. else share, scale=scale, seed=seed)
     if degenerate_rows:
         q, k = q.clone(), k.clone()
-        k[:, 0, ::3] = k[:, 0, :1]
+        k[:, 0, ::3] = k[:, 0, :1].clone()
         q[:, 0, ::2] = k[:, 0, :1]
         q[0, :, -1], k[0, :, 0] = 0, 0
     tensors = *map(LAYOUTS[layout], (q, k, v)), *learned, LAYOUTS[layout](grad)
