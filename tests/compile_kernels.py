@@ -1,6 +1,8 @@
 """ Compiles the Triton kernels of a module for Hopper, without a GPU: python compile_kernels.py onchip
 
 Prints what each needs as JSON: registers, bytes of stack (what does not fit into registers) and of shared memory.
+With `iterations` in place of a module: how many instructions a thread executes for an entry of the matrix in a Sinkhorn
+iteration, forward, bfloat16.
 """
 import json
 import re
@@ -35,8 +37,8 @@ def matrices(kernel):
     return names
 
 
-def needs(kernel, dtype, constants, **options):
-    """What the compiled kernel needs; strides and pointers are multiples of 16, as a contiguous projection's are."""
+def compile_kernel(kernel, dtype, constants, **options):
+    """The compiled kernel; strides and pointers are multiples of 16, as a contiguous projection's are."""
     signature, constexprs, attributes = {}, {}, {}
     for i, name in enumerate(kernel.arg_names):
         if name in constants or name in UNIT_STRIDES:
@@ -53,15 +55,59 @@ def needs(kernel, dtype, constants, **options):
             signature[name] = 'fp32' if name in FLOATS else 'i32'
         if name.endswith('_ptr') or name.startswith('stride') or name == 'D':
             attributes[(i,)] = [['tt.divisibility', 16]]
-    compiled = triton.compile(
+    return triton.compile(
         ASTSource(kernel, signature, constexprs, attributes), target=GPUTarget('cuda', 90, 32), options=options)
+
+
+def dump(compiled, option):
+    """What cuobjdump, which comes with Triton, says about a compiled kernel."""
     with tempfile.NamedTemporaryFile(suffix='.cubin') as f:
         f.write(compiled.asm['cubin'])
         f.flush()
         cuobjdump = Path(triton.__file__).parent / 'backends/nvidia/bin/cuobjdump'
-        report = subprocess.run([cuobjdump, '-res-usage', f.name], capture_output=True, text=True, check=True).stdout
-    registers, stack = map(int, re.search(r'REG:(\d+) STACK:(\d+)', report).groups())
+        return subprocess.run([cuobjdump, option, f.name], capture_output=True, text=True, check=True).stdout
+
+
+def needs(kernel, dtype, constants, **options):
+    """What the compiled kernel needs."""
+    compiled = compile_kernel(kernel, dtype, constants, **options)
+    registers, stack = map(int, re.search(r'REG:(\d+) STACK:(\d+)', dump(compiled, '-res-usage')).groups())
     return dict(registers=registers, stack=stack, shared=compiled.metadata.shared)
+
+
+def loops(compiled):
+    """Loops of a compiled kernel in their order: first and last address, number of instructions."""
+    # /*0a30*/    @P0 BRA 0x1f0 ;
+    instructions = [
+        (int(address, 16), text)
+        for address, text in re.findall(r'/\*([0-9a-f]{4,})\*/\s+([^;]*);', dump(compiled, '-sass'))]
+    found = []
+    for last, text in instructions:
+        target = re.search(r'\bBRA\b.*0x([0-9a-f]+)', text)
+        first = int(target[1], 16) if target else last
+        if first < last:
+            found.append((first, last, sum(first <= address <= last for address, _ in instructions)))
+    return sorted(found)
+
+
+def per_entry():
+    """Instructions for an entry in an iteration: of all of strips' loop in a loop, and of both of streamed's passes."""
+    points = torch.empty(1, 1, 256, 64, dtype=torch.bfloat16)
+    constants = strips._specialized(points, 'qk', True, 0.1, 0., 'euclidean')
+    found = loops(compile_kernel(strips._forward_kernel, points.dtype, constants, **strips.FORWARD))
+    nested = [count for first, last, count in found if any(a < first and last < b for a, b, _ in found)]
+    assert len(nested) == 1, f'expected one loop in a loop, that over the strips in an iteration; got {found}'
+    entries = constants['BLOCK_M'] * constants['BLOCK_N'] / (32 * strips.FORWARD['num_warps'])
+    yield 'strips', nested[0] / entries
+
+    total = 0
+    for axis in (1, 0):
+        constants = dict(INIT=True, COSINE=False, PRECISION='tf32', BLOCK=streamed.BLOCK, BLOCK_D=64, AXIS=axis)
+        found = loops(compile_kernel(
+            streamed._logsumexp_kernel, points.dtype, constants, num_warps=4, num_stages=3))
+        assert len(found) == 1, f'expected one loop, that over tiles; got {found}'
+        total += found[0][2]
+    yield 'streamed', total / (streamed.BLOCK ** 2 / (32 * 4))
 
 
 def onchip_needs():
@@ -103,16 +149,14 @@ def strips_needs():
         for kernel, options in (
                 (strips._forward_kernel, strips.FORWARD), (strips._plan_gradient_kernel, strips.BACKWARD),
                 (strips._adjoint_kernel, strips.BACKWARD), (strips._cost_gradient_kernel, strips.BACKWARD)):
-            own = {k: v for k, v in constants.items() if k in kernel.arg_names}
-            yield f'{kernel.__name__} {name}', needs(kernel, dtype, own, **options)
+            yield f'{kernel.__name__} {name}', needs(kernel, dtype, constants, **options)
 
 
 def needs_by_axis(module, names, constants, dtype=torch.bfloat16, **options):
     for name in names:
         kernel = getattr(module, name)
         for axis in (1, 0) if 'AXIS' in kernel.arg_names else (None,):
-            own = {k: v for k, v in dict(constants, AXIS=axis).items() if k in kernel.arg_names}
-            yield f'{name} {axis}', needs(kernel, dtype, own, num_warps=4, **options)
+            yield f'{name} {axis}', needs(kernel, dtype, dict(constants, AXIS=axis), num_warps=4, **options)
 
 
 def streamed_needs():
@@ -140,4 +184,4 @@ def streamed_shares_needs():
 
 
 if __name__ == '__main__':
-    print(json.dumps(dict(globals()[f'{sys.argv[1]}_needs']())))
+    print(json.dumps(dict(per_entry() if sys.argv[1] == 'iterations' else globals()[f'{sys.argv[1]}_needs']())))

@@ -45,6 +45,13 @@ def test_strips():
         assert need['stack'] <= (256 if '_gradient_kernel' in name else 0), (name, need)  # these go over them once
 
 
+def test_iterations():
+    """README's figures; another Triton may need a few more."""
+    instructions = needs('iterations')
+    assert instructions['strips'] == pytest.approx(19, rel=0.1), instructions
+    assert instructions['streamed'] == pytest.approx(52, rel=0.1), instructions
+
+
 def test_streamed():
     for name, need in needs('streamed').items():
         assert need['shared'] <= SHARED_MEMORY, (name, need)

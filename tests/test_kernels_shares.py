@@ -26,11 +26,14 @@ def test_equals_reference(path, reg, iters):
 
 
 @pytest.mark.parametrize('N, D', [
-    (1, 16), (2, 16), (3, 5), (4, 1), (15, 16), (16, 16), (17, 48), (49, 32), (64, 64), (65, 33), (100, 60)])  # wider ones of float32 fit no chip
+    (1, 16), (2, 16), (3, 5), (4, 1), (15, 16), (16, 16), (17, 48), (49, 32), (64, 64), (65, 33),
+    (100, 60),  # wider ones of float32 fit on no GPU
+])
 @ON_ALL
 def test_sizes(path, N, D):
     tensors = inputs(path, 1, 2, N, D)
-    assert_close(run(path, *tensors), expected(*tensors), floor=3e-5 if D == 1 else 3e-6)  # a number has no direction
+    # a number has no direction, and one token no choice: gradients are 0, and what cancels in that of reg is over reg^2
+    assert_close(run(path, *tensors), expected(*tensors), floor=3e-5 if 1 in (N, D) else 3e-6)
 
 
 @pytest.mark.parametrize('scale', [1e-4, 1e4])

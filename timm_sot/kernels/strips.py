@@ -6,9 +6,8 @@ columns, and at once what these rows add to the sums of the columns. A strip is 
 pass and never leaves the chip; what goes from pass to pass are vectors. See `onchip` for the formulas, the forms of the
 iterations and the limits of the cosine distance.
 
-The backward pass needs as many passes again, from the last iteration to the first, one before them for the gradient of
-the plan's sums and one after them for all of the gradient of the distances. The vectors that it finds it keeps in
-memory, where its own later passes read them.
+The backward pass is three kernels: one pass for the sums of the gradient of the plan, as many as there were iterations
+for their vectors, from the last to the first, and one for all of the gradient of the distances.
 
 Of equal largest entries of a SOT matrix, one is taken to be the maximum and receives its gradient.
 """
@@ -68,13 +67,13 @@ def _load_strip(
 
 @triton.jit
 def _norms(x, COSINE: tl.constexpr):
-    """Inverse norms of rows for the cosine; else their squares, so much smaller that equal rows are at distance 0."""
+    """Squared norms of rows, for the cosine their inverse norms."""
     x = x.to(tl.float32)
     squares = tl.sum(x * x, 1)
     if COSINE:
         return _inverse(tl.sqrt(squares))
     else:
-        return squares * (1. - NEGLIGIBLE)
+        return squares
 
 
 @triton.jit
@@ -85,7 +84,11 @@ def _costs(x, y, norms_y, COSINE: tl.constexpr, PRECISION: tl.constexpr):
     if COSINE:
         return _not_negative(1. - gram * norms_x[:, None] * norms_y[None, :])
     else:
-        return tl.sqrt(_not_negative(norms_x[:, None] + norms_y[None, :] - 2. * gram))
+        norms = norms_x[:, None] + norms_y[None, :]
+        squares = norms - 2. * gram
+        if x.dtype == tl.float32:
+            squares = tl.where(squares < norms * NEGLIGIBLE, 0., squares)
+        return tl.sqrt(_not_negative(squares))
 
 
 @triton.jit
@@ -96,6 +99,22 @@ def _kernel(costs, factor, i, masked, LOG: tl.constexpr):
     if not LOG:
         kernel = tl.exp2(kernel)
     return kernel
+
+
+@triton.jit
+def _kernel_strip(
+        x_ptr, start, stride_n, mean, y, norms_y, factors_ptr, masked, N, D,
+        COSINE: tl.constexpr,
+        LOG: tl.constexpr,
+        PRECISION: tl.constexpr,
+        BLOCK_M: tl.constexpr,
+        BLOCK_D: tl.constexpr,
+):
+    """The kernel between the rows of x from `start` on and all rows of y, or its logarithm."""
+    i = start + tl.arange(0, BLOCK_M)
+    x = _load_strip(x_ptr, start, stride_n, mean, N, D, COSINE, BLOCK_M, BLOCK_D)
+    costs = _costs(x, y, norms_y, COSINE, PRECISION)
+    return _kernel(costs, _vector(factors_ptr, i, N), i, masked, LOG)
 
 
 @triton.jit
@@ -208,9 +227,9 @@ def _forward_kernel(
             total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         for start in range(0, N, BLOCK_M):
             i = start + m
-            x = _load_strip(x_ptr, start, stride_xn, mean, N, D, COSINE, BLOCK_M, BLOCK_D)
-            kernel = _kernel(
-                _costs(x, y, norms, COSINE, PRECISION), _vector(factors_ptr, i, N), i, masked, LOG)
+            kernel = _kernel_strip(
+                x_ptr, start, stride_xn, mean, y, norms, factors_ptr, masked, N, D,
+                COSINE, LOG, PRECISION, BLOCK_M, BLOCK_D)
             a = _scale_rows(kernel, b, i, N, LOG)
             tl.store(saved_ptr + i, a, mask=i < N)
             if LOG:
@@ -234,8 +253,9 @@ def _forward_kernel(
     place = tl.zeros([BLOCK_M], tl.int32)
     for start in range(0, N, BLOCK_M):
         i = start + m
-        x = _load_strip(x_ptr, start, stride_xn, mean, N, D, COSINE, BLOCK_M, BLOCK_D)
-        kernel = _kernel(_costs(x, y, norms, COSINE, PRECISION), _vector(factors_ptr, i, N), i, masked, LOG)
+        kernel = _kernel_strip(
+            x_ptr, start, stride_xn, mean, y, norms, factors_ptr, masked, N, D,
+            COSINE, LOG, PRECISION, BLOCK_M, BLOCK_D)
         sot = _sot(kernel, _scale_rows(kernel, b_before, i, N, LOG), b, i, j, LOG)
         now, column = tl.max(sot, 1, return_indices=True)
         place = tl.where(now > row_largest, i * BLOCK_N + column, place)
@@ -248,8 +268,9 @@ def _forward_kernel(
         value_ptr + batch * stride_vb + head * stride_vh, stride_vn, 1, N, D, False, BLOCK_N, BLOCK_D)
     for start in range(0, N, BLOCK_M):
         i = start + m
-        x = _load_strip(x_ptr, start, stride_xn, mean, N, D, COSINE, BLOCK_M, BLOCK_D)
-        kernel = _kernel(_costs(x, y, norms, COSINE, PRECISION), _vector(factors_ptr, i, N), i, masked, LOG)
+        kernel = _kernel_strip(
+            x_ptr, start, stride_xn, mean, y, norms, factors_ptr, masked, N, D,
+            COSINE, LOG, PRECISION, BLOCK_M, BLOCK_D)
         sot = _sot(kernel, _scale_rows(kernel, b_before, i, N, LOG), b, i, j, LOG)
         weights = _normalized_weights(sot, _inverse(largest_sot), i, j, N, scale, SOFTMAX)
         if DROPOUT:
@@ -288,7 +309,7 @@ def _plan_gradient_kernel(
         stride_yb, stride_yh, stride_yn, stride_yd,
         stride_vb, stride_vh, stride_vn,
         stride_ob, stride_oh, stride_on,
-        H, N, D, iters, reg, scale, drop_below, keep_factor,
+        H, N, D, iters, scale, drop_below, keep_factor,
         COSINE: tl.constexpr,
         SOFTMAX: tl.constexpr,
         DROPOUT: tl.constexpr,
@@ -298,8 +319,9 @@ def _plan_gradient_kernel(
         BLOCK_N: tl.constexpr,
         BLOCK_D: tl.constexpr,
 ):
-    """Row and column sums of the gradient of the log-plan but for what flows through its largest entry, which gets its
-    own; gradient of the values."""
+    """Row and column sums of the gradient of the log-plan, but for what flows through its largest entry; that of the
+    largest entry; gradient of the values.
+    """
     problem = tl.program_id(0)
     batch = (problem // H).to(tl.int64)
     head = (problem % H).to(tl.int64)
@@ -324,8 +346,9 @@ def _plan_gradient_kernel(
     moment = tl.zeros([BLOCK_M], tl.float32)
     for start in range(0, N, BLOCK_M):
         i = start + m
-        x = _load_strip(x_ptr, start, stride_xn, mean, N, D, COSINE, BLOCK_M, BLOCK_D)
-        kernel = _kernel(_costs(x, y, norms, COSINE, PRECISION), _vector(factors_ptr, i, N), i, masked, LOG)
+        kernel = _kernel_strip(
+            x_ptr, start, stride_xn, mean, y, norms, factors_ptr, masked, N, D,
+            COSINE, LOG, PRECISION, BLOCK_M, BLOCK_D)
         sot = _sot(kernel, _load_scaling(last_ptr, i, N, LOG), b, i, j, LOG)
         grad_out = _load(
             grad_out_ptr + start * stride_on, stride_on, 1, N - start, D, False, BLOCK_M, BLOCK_D)
@@ -392,9 +415,9 @@ def _adjoint_kernel(
             sums = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         for start in range(0, N, BLOCK_M):
             i = start + m
-            x = _load_strip(x_ptr, start, stride_xn, mean, N, D, COSINE, BLOCK_M, BLOCK_D)
-            kernel = _kernel(
-                _costs(x, y, norms, COSINE, PRECISION), _vector(factors_ptr, i, N), i, masked, LOG)
+            kernel = _kernel_strip(
+                x_ptr, start, stride_xn, mean, y, norms, factors_ptr, masked, N, D,
+                COSINE, LOG, PRECISION, BLOCK_M, BLOCK_D)
             a = _load_scaling(saved_ptr + t, i, N, LOG)
             direct = tl.load(grad_rows_ptr + i, mask=(i < N) & (step == 0), other=0.)
             direct += tl.where((i == place // BLOCK_N) & (step == 0), grad_largest, 0.)
@@ -609,7 +632,7 @@ def sot_attention_backward(
     k = matched_points(q, k, operands)
     strides = *q.stride()[:3], *k.stride()
     more_strides = *v.stride()[:3], *grad_out.stride()[:3]
-    numbers = reg, scale, *dropout_numbers(dropout_p, LOWEST_RANDOM)
+    numbers = scale, *dropout_numbers(dropout_p, LOWEST_RANDOM)
     seed = saved if seed is None else seed
     grad_q, grad_k, grad_v = empty_gradients(q, operands)
 
@@ -629,7 +652,7 @@ def sot_attention_backward(
     _cost_gradient_kernel[(B * H,)](
         q, k, v, grad_out, saved, seed, grad_largest, vectors, grad_x, grad_y,
         *strides, *more_strides, *((1, H * D) if operands == 'qkt' else (H * D, 1)),
-        H, N, D, iters, *numbers, **constants, **BACKWARD)
+        H, N, D, iters, reg, *numbers, **constants, **BACKWARD)
     if operands == 'q':
         torch.add(grad_x, grad_y, out=grad_q)
     return grad_q, grad_k, grad_v
