@@ -179,6 +179,23 @@ def test_agrees_with_eager(path, variant, distance):
         assert actual is None or error(actual, wanted) < 1e-4
 
 
+@pytest.mark.parametrize('groups, spread, distance, bound', [
+    (8, 0.1, 'euclidean', 3e-4), (8, 0.01, 'euclidean', 6e-3), (1, 0.01, 'cosine', 0.4)])
+@pytest.mark.parametrize('path', PATHS)
+def test_nearly_equal_tokens(path, groups, spread, distance, bound):
+    """What README's Limits say of products that cancel, which the CPU loops do not use."""
+    generator = torch.Generator().manual_seed(0)
+    centers = torch.randn(groups, 64, generator=generator)[torch.arange(64) % groups]
+    q, k = (
+        (centers + spread * torch.randn(64, 64, generator=generator))[None, None].to(device_of(path)) for _ in 'qk')
+    _, _, v, grad = make_inputs(1, 1, 64, 64, device=device_of(path))
+    out, *gradients = (x.cpu() for x in run(path, q, k, v, grad, distance=distance))
+    wanted_out, *wanted = expected(q, k, v, grad, distance=distance)
+    assert error(out, wanted_out) < 1e-3
+    for x, y in zip(gradients, wanted):
+        assert error(x, y) < (1e-4 if path == 'cpu' else bound)
+
+
 @pytest.mark.skipif(not fused.cpu_works(), reason='needs numba')
 @pytest.mark.parametrize('reg, tol, ran', [
     (0.025, 0.1, (2, 6)), (0.1, 0.1, (2, 6)), (0.1, 1e9, (1, 1)), (0.1, 0., (7, 7))])
