@@ -22,9 +22,11 @@ VARIANTS = [name for name, variant in attention.VARIANTS.items() if variant.oper
 # relative errors of the output and of the gradients that each dtype may have
 BARS = {torch.float32: (1e-5, 1e-4), torch.float16: (2e-3, 6e-3), torch.bfloat16: (1e-2, 3e-2)}
 
-ONCHIP, STRIPS, STREAMED = (
-    pytest.param(path, marks=pytest.mark.skipif(not HAS_TRITON, reason='needs triton'))
-    for path in ('onchip', 'strips', 'streamed'))
+# interpreted, the kernels that go through a matrix in parts take seconds a test
+SLOW = [] if HAS_CUDA else [pytest.mark.slow]
+NEEDS_TRITON = pytest.mark.skipif(not HAS_TRITON, reason='needs triton')
+ONCHIP = pytest.param('onchip', marks=NEEDS_TRITON)
+STRIPS, STREAMED = (pytest.param(path, marks=[NEEDS_TRITON, *SLOW]) for path in ('strips', 'streamed'))
 CPU = pytest.param('cpu', marks=pytest.mark.skipif(not loops_work(), reason='needs numba'))
 PATHS = [ONCHIP, STRIPS, STREAMED, CPU]
 SHARES_PATHS = [ONCHIP, STREAMED, CPU]  # those of 'sot_shares'

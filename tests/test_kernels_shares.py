@@ -11,8 +11,7 @@ from shares import NAMES, assert_close, expected, inputs, parameters, run
 from timm_sot.attention import MIN_REG
 from timm_sot.kernels.shares import fused_shares_attention, shares_attention, shares_attention_backward
 
-ON_ALL = pytest.mark.parametrize(
-    'path', [CPU, ONCHIP, pytest.param(*STREAMED.values, marks=[*STREAMED.marks, pytest.mark.slow])])
+ON_ALL = pytest.mark.parametrize('path', [CPU, ONCHIP, STREAMED])
 ON_QUICK = pytest.mark.parametrize('path', [CPU, ONCHIP])  # the rest of `streamed`: test_kernels_streamed_shares.py
 ON_CPU = pytest.mark.parametrize('path', [CPU])
 

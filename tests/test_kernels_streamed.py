@@ -2,9 +2,10 @@
 import pytest
 import torch
 
-from kernels import VARIANTS, assert_close, degenerate, dropout_factor, expected, make_inputs, run
+from kernels import SLOW, VARIANTS, assert_close, degenerate, dropout_factor, expected, make_inputs, run
 
 pytest.importorskip('triton')
+pytestmark = SLOW
 
 
 @pytest.mark.parametrize('variant', VARIANTS)

@@ -6,11 +6,13 @@ import torch
 
 pytest.importorskip('triton')
 
-from kernels import BARS, degenerate, values_read
+from kernels import BARS, SLOW, degenerate, values_read
 from shares import NAMES, assert_close, expected, inputs, parameters, run
 from timm_sot.attention import MIN_REG
 from timm_sot.kernels.shares import shares_attention, shares_attention_backward
 from timm_sot.kernels.streamed_shares import empty_saved
+
+pytestmark = SLOW
 
 
 @pytest.mark.parametrize('iters', [0, 1, 7])
@@ -34,7 +36,6 @@ def test_half(dtype, scale):
     assert_close(run('streamed', *tensors, iters=2), expected(*tensors, iters=2), dtype)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize('share', [0., 1e3, 1e30])
 @pytest.mark.parametrize('reg', [MIN_REG, 1e3])
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
@@ -49,7 +50,6 @@ def test_degenerate(dtype, reg, share):
     assert (out - expected(*tensors, iters=2)[0]).norm() <= 10 * BARS[dtype][0] * out.norm()
 
 
-@pytest.mark.slow
 def test_dropout():
     q, k, v, *learned, grad = inputs('streamed', 1, 2, 70, 72)
 
@@ -75,7 +75,6 @@ def test_agrees_with_onchip(iters):
         torch.testing.assert_close(x, y, rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize('p', [0., 0.2])
 def test_opcheck(p):
     q, k, v, log_reg, share, grad = inputs('streamed', 1, 2, 17, 16)

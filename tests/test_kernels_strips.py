@@ -2,11 +2,13 @@
 import pytest
 import torch
 
-from kernels import BARS, VARIANTS, assert_close, degenerate, dropout_factor, expected, make_inputs, run, settings
+from kernels import BARS, SLOW, VARIANTS, assert_close, degenerate, dropout_factor, expected, make_inputs, run, settings
 
 pytest.importorskip('triton')
 from reference import error
 from timm_sot.kernels import strips
+
+pytestmark = SLOW
 
 
 @pytest.mark.parametrize('variant', VARIANTS)
