@@ -13,9 +13,10 @@ NOISE = [0.3, -0.4, 0.1, 0.5, -0.2]
 
 def make_line(model, kwargs, seed, final, **changes):
     line = {
-        'model': model, 'kwargs': kwargs, 'seed': seed, 'epochs': 30, 'best': final + 0.5, 'final': final,
+        'model': model, 'kwargs': kwargs, 'seed': seed, 'epochs': 30,
         'top1': [30.] * 28 + [final + 0.5, final], 'loss': [1.] * 30, 'seconds': 20. + seed, 'device': 'GPU, float32',
         'versions': {'torch': '2.11'}, 'commit': 'abc', 'data': CIFAR, **changes}
+    line.update(best=max(line['top1']), final=line['top1'][-1])
     assert changes.keys() <= {*KEYS, 'entropy', 'common', 'looked_at', 'processor'}
     return line
 

@@ -31,7 +31,8 @@ def study(folder, model='cct_2_sot_qk', kwargs=None, seeds=(0,)):
         f.write('{"model": "cct_2", "kwa\n')  # of a run that was killed
         for seed in seeds:
             f.write(json.dumps(dict(
-                model=model, kwargs=kwargs, seed=seed, epochs=3, best=31., final=30. + seed, top1=[10., 31., 30.],
+                model=model, kwargs=kwargs, seed=seed, epochs=3, best=31. + seed, final=30. + seed,
+                top1=[10., 31. + seed, 30. + seed],
                 loss=[2.3] * 3, seconds=12., device='NVIDIA TPU, float32', versions={'torch': '9.9'}, commit='abc123',
                 data='digits9 400+200 sha256:0123', processor='Brain 1')) + '\n')
     return network, str(path)

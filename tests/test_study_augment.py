@@ -2,6 +2,7 @@
 import multiprocessing
 import os
 import threading
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -125,6 +126,25 @@ def test_epochs_that_are_not_asked_for(small_chunks):
     for thread in set(threading.enumerate()) - before:
         thread.join(60)  # that which feeds a queue of torch's loader ends by itself, a moment after its queue is closed
         assert not thread.is_alive(), thread
+
+
+def test_an_epoch_that_is_not_wanted_is_not_finished(monkeypatch):
+    """What ends a study need not wait for it."""
+    images = make_images(1000)
+    taken = []
+
+    def slowly(chunks, **kwargs):
+        for i in range(len(chunks)):
+            time.sleep(0.01)
+            taken.append(i)
+            yield chunks[i]
+
+    monkeypatch.setattr(module, 'CHUNK', 1)
+    monkeypatch.setattr(module, 'DataLoader', slowly)
+    epochs = make_epochs(images, (), 0, range(2), workers=1, kept={0: images})
+    next(epochs)  # the other is being made
+    epochs.close()
+    assert len(taken) < 500
 
 
 def test_chunks_are_augmented_each_by_itself(small_chunks):

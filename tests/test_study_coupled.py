@@ -4,6 +4,7 @@ import torch
 
 from timm_sot import solver, transform
 from timm_sot.attention import VARIANTS, sot_attention_weights
+from timm_sot.errors import UserError
 from timm_sot.study import coupled
 
 
@@ -27,7 +28,7 @@ def outcome(function, *inputs):
 def test_solve(reg, iters, tol, row_mass):
     kernels = make_kernels(reg)
     expected = outcome(lambda x: solver.solve(x, iters, tol and tol / reg, row_mass), kernels)
-    actual = outcome(lambda x: coupled.solve(x, iters, tol and tol / reg, row_mass), kernels)
+    actual = outcome(lambda x: coupled.solve(x, iters, tol and tol / reg, row_mass, 1 / reg), kernels)
     for a, e in zip(actual, expected):
         torch.testing.assert_close(a, e, atol=1e-9, rtol=1e-9)
 
@@ -36,7 +37,7 @@ def test_solve(reg, iters, tol, row_mass):
 def test_solve_in_float32(reg):
     kernels = make_kernels(reg)
     expected = outcome(lambda x: solver.solve(x, 10, 0.1 / reg, None), kernels)
-    actual = outcome(lambda x: coupled.solve(x, 10, 0.1 / reg, None), kernels.float())
+    actual = outcome(lambda x: coupled.solve(x, 10, 0.1 / reg, None, 1 / reg), kernels.float())
     for a, e in zip(actual, expected):
         torch.testing.assert_close(a.double(), e, atol=2e-5 * e[e.isfinite()].abs().max().item(), rtol=1e-4)
 
@@ -44,9 +45,21 @@ def test_solve_in_float32(reg):
 def test_stops_where_the_solver_stops():
     """The iterations after the stop must not show, however many they are."""
     kernels = make_kernels(0.1)
-    few = coupled.solve(kernels, 10, 1., None)
-    assert torch.equal(few, coupled.solve(kernels, 40, 1., None))
-    assert not torch.allclose(few, coupled.solve(kernels, 40, None, None))
+    few = coupled.solve(kernels, 10, 1., None, 10.)
+    assert torch.equal(few, coupled.solve(kernels, 40, 1., None, 10.))
+    assert not torch.allclose(few, coupled.solve(kernels, 40, None, None, 10.))
+
+
+def test_small_regularization():
+    """Of a token far from all others a column of exp(-1 / reg) would be 0 in float32."""
+    x, y = torch.randn(2, 2, 64, 64, generator=torch.Generator().manual_seed(0))
+    y[:, 3] *= 30
+    expected = transform.self_optimal_transport(x, y, reg=0.005)
+    with coupled.capturable():
+        torch.testing.assert_close(transform.self_optimal_transport(x, y, reg=0.005), expected, atol=1e-4, rtol=1e-4)
+        with pytest.raises(UserError, match='takes a sot_reg of 0.02 or more, got 0.01; leave sot_tol out'):
+            transform.self_optimal_transport(x, y, reg=0.01, tol=0.1)
+        assert transform.self_optimal_transport(x, y, reg=0.02, tol=0.1).isfinite().all()
 
 
 @pytest.mark.parametrize('variant', [name for name in VARIANTS if VARIANTS[name].operands])

@@ -44,7 +44,7 @@ def test_sweep_figure():
         values, 'sot_reg', 'row', 'test images', 'cct_2', BASELINE, compared, {0.1: 75., 0.2: 76.})
     top, bottom = figure.axes
     drawn = lines_of(top)
-    assert drawn[figures.ORIGINAL].get_xydata().tolist() == [[0.1, 75.], [0.2, 76.]]
+    assert drawn[figures.ORIGINAL_LAST].get_xydata().tolist() == [[0.1, 75.], [0.2, 76.]]
     assert drawn['cct_2 (n = 5)'].get_ydata() == pytest.approx([76.06] * 2)
     points = drawn['row (n = 1 to 4)']
     assert points.get_xdata().tolist() == [0.1, 0.2, 0.5, 1] and points.get_linestyle() == 'None'

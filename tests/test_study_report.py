@@ -144,7 +144,10 @@ def test_processors_are_named(tmp_path):
 
 
 @pytest.mark.parametrize('changes', [
-    dict(data=HELD_OUT_DATA), dict(device='CPU, float32'), dict(epochs=2, top1=[1., 2.], loss=[1., 1.])])
+    dict(data=HELD_OUT_DATA),
+    dict(device='CPU, float32'),
+    dict(epochs=2, top1=[1., 2.], best=2., final=2., loss=[1., 1.]),
+])
 def test_sections_are_not_mixed(tmp_path, changes):
     """A row of other images, epochs or device is in a section of its own, without a baseline to compare with."""
     other = [{**line, **changes} for line in BETTER]
@@ -227,7 +230,7 @@ def test_original_rows(tmp_path):
     (RECIPE, dict(data=HELD_OUT_DATA)),
     (RECIPE, dict(data='cifar100 50000+10000 sha256:0')),
     (RECIPE, dict(data='svhn 50000+10000 sha256:0')),
-    (RECIPE, dict(epochs=2, top1=[1., 2.], loss=[1., 1.])),
+    (RECIPE, dict(epochs=2, top1=[1., 2.], best=2., final=2., loss=[1., 1.])),
 ])
 def test_published_numbers_stand_beside_nothing_else(tmp_path, monkeypatch, settings, changes):
     rows = BASELINE + SWEEP + make_row('cct_2_sot_q', SOT, [70., 71.])

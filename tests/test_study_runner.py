@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import time
 import warnings
+from dataclasses import replace
 
 import pytest
 import timm
@@ -210,13 +211,45 @@ def test_checkpoint_of_another_model(folder, tmp_path, damage):
 
 def test_another_device_is_not_mixed_in_without_a_word(folder, tmp_path, monkeypatch):
     run(folder, tmp_path, rows=ROWS[:1])
-    monkeypatch.setattr(runner, 'device_name', lambda device, precision: 'B')
     monkeypatch.setattr(machine, 'device_name', lambda device, precision: 'B')
     with pytest.warns(UserWarning, match='those to come are of B: the report does not compare them'):
         results = run(folder, tmp_path)
     lines = runner.format_table(results).splitlines()
     rows = [re.split(' {2,}', line)[:2] for line in lines[1:3]]
     assert rows == [[f'cct_2 on {results[0]["device"]}', '1'], ['cct_2_sot_q sot_iters=2 on B', '1']]
+
+
+def test_other_versions_are_named(folder, tmp_path, monkeypatch):
+    run(folder, tmp_path, rows=ROWS[:1])
+    monkeypatch.setattr(machine, 'versions', lambda: {'torch': '9', 'timm': timm.__version__})
+    with pytest.warns(UserWarning, match=rf'runs of torch {re.escape(str(torch.__version__))}, those to come are of 9'):
+        run(folder, tmp_path)
+
+
+def test_a_run_that_diverges(folder, tmp_path):
+    recipe = replace(RECIPE, lr=1e30)
+    with pytest.warns(UserWarning, match='cct_2 seed 5 diverged, its loss is nan'):
+        results = run(folder, tmp_path, rows=ROWS[:1], seeds=(5, 6), recipe=recipe)
+    assert '±nan' in runner.format_table(results)
+    again = run(folder, tmp_path, rows=ROWS[:1], seeds=(5, 6), recipe=recipe)
+    assert [result['seconds'] for result in again] == [result['seconds'] for result in results]  # it is finished
+
+
+def test_augmenting_process_that_dies(folder, monkeypatch):
+    def killed(*args, **kwargs):
+        raise RuntimeError('DataLoader worker (pid 7) is killed by signal: Killed. \nmore')
+
+    monkeypatch.setattr(runner, 'train_epoch', killed)
+    with pytest.raises(UserError, match=r'worker \(pid 7\) is killed .* The same command continues'):
+        run(folder)
+
+
+def test_first_row_that_is_not_there_any_more(folder, tmp_path):
+    run(folder, tmp_path, rows=ROWS[:1])
+    settings = json.loads((tmp_path / 'study.json').read_text())
+    (tmp_path / 'study.json').write_text(json.dumps({**settings, 'first': ['cct_2', {'candidate': 'gone'}]}))
+    with pytest.raises(UserError, match='names cct_2 candidate=gone as the row whose initial values .* choose another'):
+        run(folder, tmp_path)
 
 
 def test_continues_where_runs_are_apart(folder, tmp_path):
@@ -233,7 +266,8 @@ def test_continues_elsewhere(folder, tmp_path, monkeypatch):
     run(folder, tmp_path, rows=ROWS[:1], time_limit=0.)
     monkeypatch.setattr(machine, 'device_name', lambda device, precision: 'B')
     monkeypatch.setattr(machine, 'versions', lambda: {'torch': '9', 'timm': timm.__version__})
-    result, = run(folder, tmp_path, rows=ROWS[:1])
+    with pytest.warns(UserWarning, match='cct_2 seed 5 was begun on A and goes on, after epoch 1, on B'):
+        result, = run(folder, tmp_path, rows=ROWS[:1])
     assert result['device'] == 'A then B'
     assert result['versions'] == {'torch': f'{torch.__version__} then 9', 'timm': timm.__version__}
 

@@ -37,6 +37,15 @@ def test_no_interval(values, sd):
     assert summary.low is summary.high is None
 
 
+@pytest.mark.filterwarnings('error')
+@pytest.mark.parametrize('values', [[math.nan, 1.], [math.nan] * 3])
+def test_what_is_not_finite_is_said(values):
+    summary = summarize(values)
+    assert math.isnan(summary.mean) and math.isnan(summary.sd) and summary.low is summary.high is None
+    difference = paired(runs(values), runs([1.] * 3), 'final')
+    assert math.isnan(difference.summary.mean) and difference.p is None and decide(difference, None) == 0
+
+
 def test_paired_against_scipy():
     mine, theirs = [75.1, 74.2, 76.0, 75.5], [74.9, 74.3, 75.1, 75.0]
     difference = paired(runs(mine), runs(theirs), 'final')

@@ -8,13 +8,13 @@ import torch
 from safetensors.torch import load_file
 
 from timm_sot.errors import UserError
-from timm_sot.study.store import KEYS, Run, Store
+from timm_sot.study.store import KEYS, Run, Store, find_result
 
 RUN = Run('cct_2', {'sot_reg': 0.5}, 3, 2)
 
 
-def make_result(run=RUN, data='images'):
-    values = dict(best=1., final=1., seconds=1., device='cpu', versions={}, commit='')
+def make_result(run=RUN, data='images', device='cpu'):
+    values = dict(best=1., final=1., seconds=1., device=device, versions={}, commit='')
     return {**run._asdict(), **values, 'top1': [1.] * run.epochs, 'loss': [1.] * run.epochs, 'data': data}
 
 
@@ -46,6 +46,10 @@ def test_corrupt_lines_are_kept_aside(tmp_path):
     kinds = dict(model=5, kwargs=None, seed='1', final='x', top1=['a', 'b'], versions=None, data=3)
     incomplete += [{**make_result(), key: value} for key, value in kinds.items()]
     incomplete += [{**make_result(), 'epochs': 0, 'top1': [], 'loss': []}]
+    layers = {'blocks.0': [1., 1.]}
+    incomplete += [{**make_result(), **values} for values in (
+        dict(final=2.), dict(best=2.), dict(versions={'torch': 3}), dict(entropy=None, common=layers),
+        dict(entropy=layers, common={}), dict(entropy={'blocks.0': 1.}, common={'blocks.0': 1.}))]
     bad = [b'{"model": "cct', b'\xff\xfe', b'[]', b'7', *(json.dumps(line).encode() for line in incomplete)]
     path.write_bytes(path.read_bytes() + b'\n'.join(bad))  # the last without its end
     store.append(make_result(RUN._replace(seed=4)))
@@ -161,6 +165,8 @@ def test_settings(tmp_path):
     assert store.settle({**settings, 'first': ('cct_4', {})})['first'] == ['cct_2', {}]
     with pytest.raises(UserError, match=r'other settings \(lr 0.1 there, 0.2 here\)'):
         store.settle({**settings, 'lr': 0.2})
+    with pytest.raises(UserError, match=r'other settings \(lr 0.1 there, None here\)'):  # of a version without it
+        store.settle({name: value for name, value in settings.items() if name != 'lr'})
 
 
 def test_settings_that_are_gone(tmp_path):
@@ -219,3 +225,41 @@ def test_a_file_that_cannot_be_made(tmp_path, name):
     (tmp_path / name).mkdir()
     with pytest.raises(UserError, match='cannot write to'), store.claim([RUN], 'images'):
         store.finish(RUN, make_result(), {'weight': torch.ones(2)})
+
+
+def test_a_finished_study_that_nobody_can_write_to(tmp_path, monkeypatch):
+    store = Store(str(tmp_path))
+    settings = store.settle({'lr': 0.1, 'first': ('cct_2', {})})
+    store.append(make_result())
+    (tmp_path / 'results.lock').unlink()
+    monkeypatch.setattr(os, 'access', lambda path, mode: mode != os.W_OK)
+    assert store.settle(settings) == settings and [*store.finished('images')] == [RUN.name]
+    assert not (tmp_path / 'results.lock').exists()
+
+
+def test_find_result(tmp_path):
+    settings = {'lr': 0.1, 'first': ['cct_2', {}]}
+    store = Store(str(tmp_path))
+    store.settle(settings)
+    weights = tmp_path / 'checkpoints' / f'{RUN.name}.safetensors'
+    assert find_result(str(weights)) is None  # no run is finished
+    mine, second = make_result(), make_result(RUN._replace(seed=4))
+    elsewhere = make_result(RUN._replace(seed=5), device='another')
+    for result in (mine, second, elsewhere, {**mine, 'commit': 'of a line that repeats the run'}):
+        store.append(result)
+    with open(tmp_path / 'results.jsonl', 'ab') as f:
+        f.write(b'\xff\n')
+    assert find_result(str(weights)) == (mine, [mine, second], settings)
+    assert find_result(str(tmp_path / weights.name)) == (mine, [mine, second], settings)
+    assert find_result(str(tmp_path / 'checkpoints' / 'other.safetensors')) is None
+    assert find_result(str(weights.with_suffix('.pth'))) is None
+    (tmp_path / 'study.json').unlink()
+    assert find_result(str(weights)) == (mine, [mine, second], {})
+
+
+def test_weights_are_as_readable_as_the_rest(tmp_path):
+    store = Store(str(tmp_path))
+    store.settle({'first': ('cct_2', {})})
+    store.finish(RUN, make_result(), {'weight': torch.ones(1)})
+    weights = tmp_path / 'checkpoints' / f'{RUN.name}.safetensors'
+    assert weights.stat().st_mode == (tmp_path / 'study.json').stat().st_mode

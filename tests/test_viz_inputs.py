@@ -4,8 +4,12 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from safetensors.torch import save_file
+from study_lines import make_line, write
 
-from timm_sot.viz.inputs import digits, find_images, model_input, shown_pixels, token_grid
+from timm_sot.errors import UserError
+from timm_sot.study.store import Run
+from timm_sot.viz.inputs import digits, find_images, load_models, model_input, shown_pixels, token_grid
 
 
 def make_image(size=(32, 32)):
@@ -67,3 +71,17 @@ def test_find_images(tmp_path):
         (tmp_path / name).touch()
     assert [name for name, _ in find_images(str(tmp_path))] == ['1.jpeg', 'a/10.JPG', 'b/2.png']
     assert find_images(str(tmp_path / 'b/2.png')) == [('b/2.png', str(tmp_path / 'b/2.png'))]
+
+
+def test_checkpoint_of_a_study(tmp_path):
+    """The model is made as the study made it, unless arguments say otherwise."""
+    kwargs = dict(sot_reg=1., sot_tol=0.1)
+    write(tmp_path, [make_line('cct_2_sot_qk', kwargs, 0, 70.)])
+    weights = tmp_path / f'{Run("cct_2_sot_qk", kwargs, 0, 30).name}.safetensors'
+    save_file(timm.create_model('cct_2_sot_qk').state_dict(), weights)
+    model, = load_models(['cct_2_sot_qk'], [str(weights)]).values()
+    assert (model.blocks[0].attn.reg, model.blocks[0].attn.tol) == (1., 0.1)
+    model, = load_models(['cct_2_sot_qk'], [str(weights)], model_kwargs=dict(sot_reg=0.5)).values()
+    assert (model.blocks[0].attn.reg, model.blocks[0].attn.tol) == (0.5, 0.1)
+    with pytest.raises(UserError, match='is of cct_2_sot_qk, as the study says that wrote it, not of cct_2_sot_q'):
+        load_models(['cct_2_sot_q'], [str(weights)])

@@ -26,7 +26,7 @@ from . import __version__
 from .errors import UserError
 from .study.data import TEST_SPLITS, same_images
 from .study.original import JPEG
-from .study.store import NOT_RECIPE, Run
+from .study.store import NOT_RECIPE, find_result
 
 __all__ = ['Checkpoint', 'Score', 'evaluate', 'export', 'read_checkpoint']
 
@@ -159,7 +159,11 @@ def read_checkpoint(path: str) -> Checkpoint:
 
 def read_study(path: str, weights: Dict[str, torch.Tensor]) -> Checkpoint:
     """The run of a study whose weights these are; its result is in results.jsonl, beside or above them."""
-    result, others, settings = find_result(Path(path))
+    found = find_result(path)
+    if found is None:
+        raise UserError(f'there is no result of {Path(path).stem} in a results.jsonl beside {path} or above its folder; '
+                        f'export takes the weights of a study from the folder that the study wrote.')
+    result, seeds, settings = found
     model, kwargs = result['model'], result['kwargs']
     first, _ = settings.get('first', (model, kwargs))
     options = {key: value for key, value in settings.items() if key not in NOT_RECIPE}
@@ -174,9 +178,10 @@ def read_study(path: str, weights: Dict[str, torch.Tensor]) -> Checkpoint:
         words += ['--' + key.replace('_', '-'), *map(str, value if isinstance(value, (list, tuple)) else [value])]
     name = result['data'].split()[0]
     spread = []
-    if len(others) > 1:
-        mean = f'{fmean(others):.2f} ± {stdev(others):.2f} after the last epoch'
-        spread = [(f'Mean of {len(others)} seeds', mean)]
+    if len(seeds) > 1:
+        finals = [each['final'] for each in seeds]
+        mean = f'{fmean(finals):.2f} ± {stdev(finals):.2f} after the last epoch'
+        spread = [(f'Mean of {len(seeds)} seeds', mean)]
     facts = [
         ('Epochs', result['epochs']),
         ('Seed', result['seed']),
@@ -196,29 +201,6 @@ def read_study(path: str, weights: Dict[str, torch.Tensor]) -> Checkpoint:
                       'only with what was trained and measured on the same files.')
     return Checkpoint(
         model, kwargs, weights, name, [(key, plain(value)) for key, value in facts], command, limits)
-
-
-def find_result(path: Path) -> Tuple[Dict[str, Any], List[float], Dict[str, Any]]:
-    """The result of the run whose weights are at `path`, those of the same run for all seeds, the study's settings."""
-    for folder in (path.parent, path.parent.parent):
-        if not (folder / 'results.jsonl').is_file():
-            continue
-        runs = {}
-        for line in (folder / 'results.jsonl').read_text().splitlines():
-            try:
-                result = json.loads(line)
-                run = Run.of(result)
-                runs[run.name] = run, result
-            except (ValueError, TypeError, KeyError, AttributeError):
-                continue  # of a run that was cut off
-        if path.stem in runs:
-            run, result = runs[path.stem]
-            others = [other['final'] for other_run, other in runs.values()
-                      if other_run._replace(seed=run.seed) == run and same_images(other['data'], result['data'])]
-            settings = folder / 'study.json'
-            return result, others, json.loads(settings.read_text()) if settings.is_file() else {}
-    raise UserError(f'there is no result of {path.stem} in a results.jsonl beside {path} or above its folder; export '
-                     f'takes the weights of a study from the folder that the study wrote.')
 
 
 def read_train(content: Dict[str, Any]) -> Checkpoint:

@@ -7,7 +7,8 @@ import math
 import os
 import re
 import shutil
-from concurrent.futures import ThreadPoolExecutor
+import threading
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from contextlib import suppress
 from functools import lru_cache, partial
 from pathlib import Path
@@ -136,12 +137,15 @@ def make_epochs(
         ahead = min(AHEAD * chunks.per_epoch, shared_memory() / 2 // (CHUNK * train.images[0].nbytes))
         options = dict(num_workers=workers, prefetch_factor=max(1, int(ahead // workers)))
     made = iter(DataLoader(chunks, batch_size=None, **options))
+    not_wanted = threading.Event()  # an epoch may take minutes, for which nothing that ends the study should wait
 
     def make(epoch: int) -> Images:
         if epoch in kept:
             return kept[epoch]
         images, labels = torch.empty_like(train.images), torch.empty_like(train.labels)
         for i in range(chunks.per_epoch):  # workers hand them over in shared memory
+            if not_wanted.is_set():
+                raise CancelledError
             part = slice(i * CHUNK, (i + 1) * CHUNK)
             images[part], labels[part] = next(made)
         if len(kept) < room:
@@ -160,6 +164,7 @@ def make_epochs(
                 coming = pool.submit(make, after)
             yield ready
     finally:
+        not_wanted.set()
         pool.shutdown(cancel_futures=True)
 
 

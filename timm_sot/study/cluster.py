@@ -25,7 +25,7 @@ from .. import __version__
 from .data import Images, StudyData
 from ..errors import UserError, missing_extra, one_line
 from .progress import Progress
-from .runner import TIME_LIMIT, Session, Setting, left_to_others, resolve_device
+from .runner import TIME_LIMIT, Session, Setting, left_to_others, resolve_device, warn_of_other_places
 from .store import Run, Store
 
 __all__ = ['Cluster']
@@ -203,6 +203,9 @@ class ClusterSession:
         self._after_epoch(task, checkpoint['top1'])
 
     def _on_finish(self, task: Task, result: Dict[str, Any], weights: Dict[str, torch.Tensor]) -> None:
+        if result['device'] not in self.said and ' then ' not in result['device']:
+            self.said.add(result['device'])
+            warn_of_other_places(self.store.finished(self.setting.fingerprint).values(), result)
         self.store.finish(task.run, result, weights)
         self.tasks.remove(task)
         self._after_epoch(task, result['top1'])

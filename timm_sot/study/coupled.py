@@ -14,15 +14,19 @@ from typing import Optional
 import torch
 
 from .. import transform
+from ..errors import UserError
 
 __all__ = ['capturable', 'pairwise_cost', 'solve']
+
+
+MIN_REG = 0.02  # exp(-1 / reg) is a normal number in float32 down to 0.012
 
 
 class Solve(torch.autograd.Function):
     """Sinkhorn iterations in their scaling form, a = r / (K b), b = c / (K^T a) with K = exp(L), and few kernels.
 
     Rows of K are scaled to a maximum of 1, which a makes good: in float32 this carries all that the log domain carries
-    for costs in [0, 1] and reg >= 0.025. What the iterations add to the gradient of L is K times a sum of outer
+    for costs in [0, 1] and reg >= MIN_REG. What the iterations add to the gradient of L is K times a sum of outer
     products of vectors, which a sweep back collects and one product multiplies out.
     """
 
@@ -81,7 +85,16 @@ def solve(
         row_mass: Optional[float],
         spread: float = float('inf'),
 ) -> torch.Tensor:
-    """`timm_sot.solver.solve` without a decision of the host's, for costs in [0, 1]."""
+    """`timm_sot.solver.solve` without a decision of the host's, for costs in [0, 1].
+
+    Raises:
+        UserError: If `tol` is set and the regularization is below MIN_REG.
+    """
+    if spread > 1. / MIN_REG:
+        if tol is not None:
+            raise UserError(f'sot_tol on a GPU takes a sot_reg of {MIN_REG} or more, got {1. / spread:.3g}; leave sot_tol '
+                            f'out, or train on the CPU.')
+        return _solve(log_kernel, iters, tol, row_mass, spread)
     N, M = log_kernel.shape[-2:]
     log_r = -math.log(N) if row_mass is None else math.log(row_mass)
     log_c = log_r + math.log(N) - math.log(M)
@@ -122,7 +135,7 @@ def pairwise_cost(x: torch.Tensor, y: torch.Tensor, distance: str, normalize: Op
     return cost / largest.masked_fill(largest == 0, 1.)
 
 
-_pairwise_cost = transform.pairwise_cost
+_pairwise_cost, _solve = transform.pairwise_cost, transform.solve
 
 
 @contextmanager

@@ -7,6 +7,7 @@ import errno
 import hashlib
 import lzma
 import os
+import sys
 import tarfile
 import tempfile
 import zlib
@@ -186,6 +187,8 @@ class _Files(Dataset):
 
 def decode(dataset, img_size: Tuple[int, int], workers: int = 0) -> Images:
     """Decode the images of a timm dataset, scaled and cropped to `img_size`."""
+    from tqdm import tqdm
+
     transform = create_transform((3, *img_size), normalize=False, crop_pct=1.)  # uint8 tensors
     if hasattr(dataset, 'reader') and not isinstance(dataset, IterableDataset):  # images that have a number
         dataset = _Files(dataset, transform)
@@ -193,7 +196,12 @@ def decode(dataset, img_size: Tuple[int, int], workers: int = 0) -> Images:
         dataset.transform = transform
     # workers would mix what is read in order, and as many as there are would be seen in the fingerprint
     workers = workers if len(dataset) > 2000 and not isinstance(dataset, IterableDataset) else 0
-    batches = list(DataLoader(dataset, batch_size=256, num_workers=workers))
+    batches = []
+    with tqdm(total=len(dataset), desc='reading', unit='image', delay=1., leave=False,
+              mininterval=0.5 if sys.stderr.isatty() else 10.) as bar:
+        for batch in DataLoader(dataset, batch_size=256, num_workers=workers):
+            batches.append(batch)
+            bar.update(len(batch[1]))
     images, labels = (torch.cat(parts) for parts in zip(*batches))
     if not isinstance(dataset, _Files) and (labels < 0).any():
         raise UserError('it has images without a label, choose a split that has labels.')

@@ -22,7 +22,8 @@ COLORS = ('black', BLUE, ORANGE, '#009e73', '#cc79a7', '#56b4e9', '#e69f00')
 DASHES = ('-', '--', '-.', ':')
 GREY = '0.55'
 MEAN = dict(fmt='D', color=ORANGE, markersize=4, elinewidth=1.8)
-ORIGINAL = 'original experiment, best epoch of one run each'
+ORIGINAL = 'original experiment, best epoch of one run each'  # of the last epochs of its rows nothing was published
+ORIGINAL_LAST = 'original experiment, last epoch of one run each'
 
 Results = Sequence[Dict[str, Any]]
 
@@ -119,7 +120,7 @@ def sweep(
         baseline: What it calls the baseline.
         baseline_results: Results of the baseline, for the band behind.
         compared: Differences to it by value of the argument.
-        original: Published top-1 by value of the argument.
+        original: Published top-1 of the last epoch by value of the argument.
     """
     figure = new_figure(5.6 if compared else 3.6)
     panels = (3, 2) if compared else (3,)  # heights
@@ -131,7 +132,8 @@ def sweep(
             ax.axhspan(summary.mean - summary.sd, summary.mean + summary.sd, color='black', alpha=0.15, linewidth=0)
         ax.axhline(summary.mean, color='black', linewidth=1.3, label=f'{baseline} (n = {summary.n})')
     if original:
-        ax.plot(*zip(*sorted(original.items())), color=GREY, linewidth=0.8, marker='.', markersize=3, label=ORIGINAL)
+        ax.plot(
+            *zip(*sorted(original.items())), color=GREY, linewidth=0.8, marker='.', markersize=3, label=ORIGINAL_LAST)
     x = sorted(values)
     summaries = [summarize([result['final'] for result in values[value]]) for value in x]
     counts = sorted({summary.n for summary in summaries})

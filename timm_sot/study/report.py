@@ -172,7 +172,7 @@ def draw(
         figure = figures.sweep(
             {value: section.rows[row] for value, row in sweep.rows.items()}, sweep.argument, sweep.name, section.images,
             baseline, against, {value: difference for value, difference in differences.items() if difference},
-            {reg: best for reg, (best, _) in SWEEP.items()} if is_theirs else None)
+            {reg: last for reg, (_, last) in SWEEP.items()} if is_theirs else None)
         parts.append(save(figure, re.sub(r'[^\w.]+', '-', f'sweep {sweep.argument} {sweep.name}'), (
             f'`{sweep.name}` over `{sweep.argument}`, top-1 after the last epoch: bands are the mean ± one standard '
             f'deviation over seeds; below, paired differences to `{baseline}` with 95 % intervals.')))

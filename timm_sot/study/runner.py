@@ -1,12 +1,13 @@
 """ The runs of a study, those of one seed side by side """
 import contextlib
+import math
 import os
-import statistics
 import time
 import warnings
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, Dict, List, Optional, Sequence, Tuple
+from statistics import fmean
+from typing import TYPE_CHECKING, Any, Dict, Iterable, List, Optional, Sequence, Tuple
 
 import timm
 import torch
@@ -18,7 +19,7 @@ from .coupled import capturable
 from .data import Images, StudyData, fingerprint_of, load_data, subset
 from .engine import Recipe, Trainer, set_precision, train_epoch
 from ..errors import UserError, first_line, missing_extra, one_line, unknown_model
-from .machine import about, device_name, joined
+from .machine import about, joined
 from .presets import Row, Study
 from .progress import Progress
 from .store import Run, Store, row_name
@@ -162,17 +163,19 @@ def run_study(
     del settings['epochs']
     model, kwargs = store.settle(settings)['first']
     first = model, kwargs
+    if row_name(*first) not in [row_name(*row) for row in rows]:  # of a study that this one continues
+        try:
+            build_model(first, data.num_classes, 0)
+        except Exception as e:
+            raise UserError(f'study.json of {out} names {row_name(*first)} as the row whose initial values the others '
+                            f'share, which this version of timm-sot does not make ({one_line(e)}); choose another '
+                            f'folder.') from e
 
     setting = Setting(first, data, fingerprint, recipe, graphs)
 
     runs = [Run(model, kwargs, seed, recipe.epochs) for seed in seeds for model, kwargs in rows]
     done = store.finished(fingerprint)
     pending = [run for run in runs if run.name not in done]
-    devices = {done[run.name]['device'] for run in runs if run.name in done}
-    if pending and devices and device is not None and device_name(device, recipe.precision) not in devices:
-        warnings.warn(f'{out} has runs of {" and ".join(sorted(devices))}, those to come are of '
-                      f'{device_name(device, recipe.precision)}: the report does not compare them, and a run '
-                      f'that is finished is not run again; choose another folder to have all rows on one device.')
     failed: List[str] = []
     if pending:
         make = partial(Session, device=device) if cluster is None else cluster.session
@@ -249,6 +252,7 @@ class Session:
             A line for each run that failed, of which there are none here: an error ends the study.
         """
         runs = sorted(runs, key=lambda run: run.seed)  # stable: rows stay in order
+        warn_of_other_places(self.store.finished(self.setting.fingerprint).values(), self.about)
         while True:
             with self.store.claim(runs, self.setting.fingerprint, parallel) as group:
                 done = self.store.finished(self.setting.fingerprint)
@@ -266,8 +270,15 @@ class Session:
                 self.trainers = {row: trainer for row, trainer in self.trainers.items() if row in rows}
                 checkpoints = [self.store.load(run, self.setting.fingerprint) for run in group]
                 more = any(run.seed == group[0].seed and run not in group for run in runs)
-                if not self.run_group(group, checkpoints, workers, more):
-                    return []
+                try:
+                    if not self.run_group(group, checkpoints, workers, more):
+                        return []
+                except RuntimeError as e:
+                    if 'DataLoader worker' not in str(e):
+                        raise
+                    raise UserError(f'a process that makes the images of the epochs has died, perhaps for want of '
+                                    f'memory: {first_line(e)} The same command continues after the last finished '
+                                    f'epoch; with fewer --workers it needs less memory, with 0 no process.') from e
 
     def _is_late(self) -> bool:
         """Whether an epoch more would end after the deadline; if so, it is said."""
@@ -306,8 +317,13 @@ class Session:
             trainers.append(trainer)
             records.append({'epoch': 0, 'top1': [], 'loss': [], 'seconds': 0., 'about': []})
             records[-1].update((key, checkpoint[key]) for key in records[-1] if checkpoint and key in checkpoint)
-            if self.about not in records[-1]['about']:
-                records[-1]['about'].append(self.about)
+            before = records[-1]['about']
+            if before and before[-1]['device'] != self.about['device']:
+                warnings.warn(f'{run.row} seed {run.seed} was begun on {before[-1]["device"]} and goes on, after epoch '
+                              f'{records[-1]["epoch"]}, on {self.about["device"]}: the report compares it with no run '
+                              f'of one device.')
+            if self.about not in before:
+                before.append(self.about)
             self.progress.begin(run, records[-1]['epoch'], len(trainer.train_sizes))
 
         if self.kept[0] != seed:
@@ -372,8 +388,26 @@ class Session:
             result.update(trainer.attention_statistics())
         except RuntimeError as e:  # out of memory: the weights of all tokens are in it at once
             warnings.warn(f'{run.row} seed {run.seed}: its attention is not looked at: {e}')
+        if not math.isfinite(result['loss'][-1]):
+            warnings.warn(f'{run.row} seed {run.seed} diverged, its loss is {result["loss"][-1]}: it counts as it is. '
+                          f'In another folder, a lower --lr may help.')
         self.store.finish(run, result, trainer.model.state_dict())
         self.progress.done(run, result)
+
+
+def warn_of_other_places(results: Iterable[Dict[str, Any]], about: Dict[str, Any]) -> None:
+    """Say that runs to come will not be like those of `results`: of another device, or of other versions."""
+    results = list(results)
+    devices = sorted({result['device'] for result in results})
+    if devices and about['device'] not in devices:
+        warnings.warn(f'there are runs of {" and ".join(devices)}, those to come are of {about["device"]}: the report '
+                      f'does not compare them, and a run that is finished is not run again; choose another folder to '
+                      f'have all rows on one device.')
+    for package, version in about['versions'].items():
+        others = sorted({result['versions'].get(package, 'not recorded') for result in results} - {version})
+        if others and package != 'python':
+            warnings.warn(f'there are runs of {package} {" and ".join(others)}, those to come are of {version}: the '
+                          f'report compares them and lists the versions.')
 
 
 def format_table(results: Sequence[Dict[str, Any]]) -> str:
@@ -385,14 +419,15 @@ def format_table(results: Sequence[Dict[str, Any]]) -> str:
         rows.setdefault(Run.of(result).row + where, []).append(result)
 
     def cell(values: List[float], digits: int) -> str:
-        text = f'{statistics.fmean(values):.{digits}f}'
-        return f'{text} ±{statistics.stdev(values):.{digits}f}' if len(values) > 1 else text
+        text = f'{fmean(values):.{digits}f}'
+        # torch's: that of the standard library fails where a value is NaN
+        return f'{text} ±{torch.tensor(values, dtype=torch.float64).std():.{digits}f}' if len(values) > 1 else text
 
     table = [('model', 'n', 'top-1', 'best', 'loss', 'seconds')]
     for row, runs in rows.items():
         table.append((
             row, str(len(runs)), cell([run['final'] for run in runs], 2), cell([run['best'] for run in runs], 2),
-            cell([run['loss'][-1] for run in runs], 4), f'{statistics.fmean(run["seconds"] for run in runs):.1f}'))
+            cell([run['loss'][-1] for run in runs], 4), f'{fmean(run["seconds"] for run in runs):.1f}'))
     widths = [max(map(len, column)) for column in zip(*table)]
     lines = ['  '.join([line[0].ljust(widths[0]), *(text.rjust(width) for text, width in zip(line[1:], widths[1:]))])
              for line in table]

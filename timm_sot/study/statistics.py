@@ -4,9 +4,11 @@ All of them are over runs of different seeds. What differs between two rows is t
 seed share their batches, augmentations and initial values. Intervals are those of Student's t for each mean by itself,
 95 %; that many comparisons were made is the business of `holm` alone.
 """
-from statistics import fmean, stdev
+from math import isfinite
+from statistics import fmean
 from typing import Any, Dict, List, NamedTuple, Optional, Sequence
 
+import numpy as np
 from scipy import stats
 
 __all__ = ['Difference', 'Summary', 'decide', 'holm', 'paired', 'summarize']
@@ -23,7 +25,7 @@ class Summary(NamedTuple):
     n: int
     mean: float
     sd: Optional[float]  # of the sample, None for n = 1
-    low: Optional[float]  # ends of the interval of the mean, None for n = 1 and where all values are the same
+    low: Optional[float]  # ends of the interval of the mean, None where `has_spread` is false
     high: Optional[float]
 
 
@@ -38,10 +40,11 @@ class Difference(NamedTuple):
 def summarize(values: Sequence[float]) -> Summary:
     """Mean, standard deviation and interval of the mean, by Student's t with n - 1 degrees of freedom.
 
-    Of one value, and of values that are all the same, there is no interval: its width would be 0, however few they are.
+    Of one value, and of values that are all the same, there is no interval: its width would be 0, however few they are;
+    nor is there one where a value is not finite.
     """
     n, mean = len(values), fmean(values)
-    sd = stdev(values) if n > 1 else None
+    sd = float(np.std(values, ddof=1)) if n > 1 else None  # that of the standard library fails where one is NaN
     if not has_spread(values):
         return Summary(n, mean, sd, None, None)
     low, high = stats.ttest_1samp(values, 0.).confidence_interval(1 - ALPHA)
@@ -49,8 +52,8 @@ def summarize(values: Sequence[float]) -> Summary:
 
 
 def has_spread(values: Sequence[float]) -> bool:
-    """Whether values differ by more than rounding; also true if one is not finite."""
-    return len(values) > 1 and not max(values) - min(values) <= 1e-9
+    """Whether values are finite and differ by more than rounding."""
+    return len(values) > 1 and all(map(isfinite, values)) and max(values) - min(values) > 1e-9
 
 
 def paired(results: Sequence[Result], others: Sequence[Result], key: str) -> Optional[Difference]:

@@ -14,6 +14,7 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import warnings
 from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
@@ -29,7 +30,7 @@ try:
 except ImportError:  # not there on Windows: one process to a folder
     fcntl = None
 
-__all__ = ['KEYS', 'NOT_RECIPE', 'Run', 'Store', 'read_lines', 'read_settings', 'row_name']
+__all__ = ['KEYS', 'NOT_RECIPE', 'Run', 'Store', 'find_result', 'read_lines', 'read_settings', 'row_name']
 
 KINDS = {
     'model': str, 'kwargs': dict, 'seed': int, 'epochs': int, 'best': (int, float), 'final': (int, float), 'top1': list,
@@ -102,10 +103,10 @@ class Store:
                 write_file(path, json.dumps(settings, indent=2) + '\n')
                 return settings
         differ = [
-            key for key in settings if key != 'first' and settings[key] != old.get(key)
+            key for key in dict.fromkeys([*settings, *old]) if key != 'first' and settings.get(key) != old.get(key)
             and not (key == 'data' and same_images(settings[key], old.get(key, '')))]
-        if differ:
-            listed = ', '.join(f'{key} {old.get(key)} there, {settings[key]} here' for key in differ)
+        if differ:  # also in what one of two versions of timm-sot does not have
+            listed = ', '.join(f'{key} {old.get(key)} there, {settings.get(key)} here' for key in differ)
             raise UserError(f'{self.folder} holds a study with other settings ({listed}); choose another folder.')
         return old
 
@@ -128,7 +129,7 @@ class Store:
                 good, bad = read_lines(path)
             except FileNotFoundError:
                 good, bad = [], []
-            if bad:
+            if bad and self._is_writable():
                 warnings.warn(f'{len(bad)} unreadable lines of {path} moved to results.corrupt; their runs are redone.')
                 with open(self._path('results.corrupt'), 'ab') as f:
                     f.writelines(line + b'\n' for line in bad)
@@ -180,6 +181,8 @@ class Store:
             path = self._path('checkpoints', run.name)
             with self._writing():
                 save_file({name: tensor.contiguous() for name, tensor in weights.items()}, path + '.tmp')
+                with contextlib.suppress(FileNotFoundError):  # safetensors lets nobody else read it
+                    shutil.copymode(self._path('study.json'), path + '.tmp')
                 os.replace(path + '.tmp', path + '.safetensors')
         self.append(result)
         if self.folder:
@@ -222,10 +225,14 @@ class Store:
                 return
             yield True
 
+    def _is_writable(self) -> bool:
+        return os.access(self.folder, os.W_OK)
+
     @contextlib.contextmanager
     def _lock(self, name: str) -> Iterator[None]:
-        with self._writing(), self._open(name) as f:
-            if fcntl is not None:
+        """Keep others from writing; where nobody can, a finished study can still be looked at."""
+        with self._writing(), self._open(name) if self._is_writable() else contextlib.nullcontext() as f:
+            if f is not None and fcntl is not None:
                 fcntl.lockf(f, fcntl.LOCK_EX)
             yield
 
@@ -261,12 +268,52 @@ def read_lines(path: str) -> Tuple[List[bytes], List[bytes]]:
     return good, bad
 
 
+def find_result(path: str) -> Optional[Tuple[Dict[str, Any], List[Dict[str, Any]], Dict[str, Any]]]:
+    """What a study says of the weights at `path`, in the folder that holds them or in the one above.
+
+    Returns:
+        The result of their run, those of the same run for all seeds (on the same images and device, as the report
+        compares them), and the study's settings, empty without a study.json; None if no study knows the run.
+    """
+    name, extension = os.path.splitext(os.path.basename(path))
+    inner = os.path.dirname(os.path.abspath(path))
+    for folder in (inner, os.path.dirname(inner)):
+        try:
+            lines, _ = read_lines(os.path.join(folder, 'results.jsonl'))
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        results = by_name([json.loads(line) for line in lines])
+        if extension != '.safetensors' or name not in results:
+            continue
+        result = results[name]
+        run = Run.of(result)
+        seeds = [
+            other for other in results.values() if Run.of(other)._replace(seed=run.seed) == run
+            and other['device'] == result['device'] and same_images(other['data'], result['data'])]
+        try:
+            return result, seeds, read_settings(os.path.join(folder, 'study.json'))
+        except FileNotFoundError:
+            return result, seeds, {}
+    return None
+
+
 def is_complete(result: Any) -> bool:
     """Whether it is what the line of a finished run holds; raises TypeError where it is nothing of the kind."""
     return (
         all(key in result and isinstance(result[key], kind) for key, kind in KINDS.items())
         and len(result['top1']) == len(result['loss']) == result['epochs'] >= 1
-        and all(isinstance(value, (int, float)) for value in (*result['top1'], *result['loss'])))
+        and all(isinstance(value, (int, float)) for value in (*result['top1'], *result['loss']))
+        and (result['final'], result['best']) == (result['top1'][-1], max(result['top1']))
+        and all(isinstance(value, str) for value in result['versions'].values())
+        and is_of_layers(result.get('entropy', {})) and is_of_layers(result.get('common', {}))
+        and ('common' not in result or result.get('entropy', {}).keys() == result['common'].keys()))
+
+
+def is_of_layers(statistics: Any) -> bool:
+    """Whether it is what `Trainer.attention_statistics` says of the heads of each layer."""
+    return isinstance(statistics, dict) and all(
+        isinstance(heads, list) and all(isinstance(value, (int, float)) for value in heads)
+        for heads in statistics.values())
 
 
 def read_settings(path: str) -> Dict[str, Any]:

@@ -11,6 +11,7 @@ from torch import nn
 
 from ..errors import UserError, first_line, one_line, unknown_model
 from ..patch import attention_layers
+from ..study.store import find_result
 
 __all__ = ['digits', 'find_images', 'load_image', 'load_models', 'model_input', 'shown_pixels', 'token_grid']
 
@@ -26,9 +27,10 @@ def load_models(
 
     Args:
         names: timm models, or folders (`local-dir:DIR`) or Hub repositories (`hf-hub:OWNER/NAME`) that hold one.
-        checkpoints: Files of their weights, one for each or none, converted as timm converts pretrained ones.
+        checkpoints: Files of their weights, one for each or none, converted as timm converts pretrained ones; those of
+            a study, where it wrote them, bring the arguments of their model.
         untrained: Without checkpoints, take random weights also where there are pretrained ones.
-        model_kwargs: Arguments of all models.
+        model_kwargs: Arguments of all models, before those of a study.
         seed: Of random weights.
 
     Returns:
@@ -65,6 +67,13 @@ def load_model(name: str, checkpoint: str, untrained: bool, model_kwargs: Dict[s
         raise unknown_model(name)
     if checkpoint and not os.path.isfile(checkpoint):
         raise UserError(f'there is no checkpoint {checkpoint}.')
+
+    found = find_result(checkpoint) if checkpoint else None
+    if found is not None:
+        result, _, _ = found
+        if result['model'] != name:
+            raise UserError(f'{checkpoint} is of {result["model"]}, as the study says that wrote it, not of {name}.')
+        model_kwargs = {**result['kwargs'], **model_kwargs}
 
     overlay = dict(pretrained_cfg_overlay=dict(file=checkpoint)) if checkpoint else {}
     default = bool(place) or timm.models.is_model_pretrained(name)
