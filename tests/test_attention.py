@@ -293,6 +293,10 @@ def test_masks_are_refused_by_sot_variants(variant, mask):
     with pytest.raises(NotImplementedError, match="attn_mask and is_causal are supported by variant 'softmax' only"):
         layer(make_tokens(), **mask)
     layer(make_tokens(), attn_mask=None, is_causal=False)
+    graph = torch.fx.symbolic_trace(layer)  # in which the mask is not known
+    assert torch.equal(graph(make_tokens(), None, False), layer(make_tokens()))
+    with pytest.raises(NotImplementedError, match="attn_mask and is_causal are supported by variant 'softmax' only"):
+        graph(make_tokens(), mask.get('attn_mask'), mask.get('is_causal', False))
 
 
 # Precision
@@ -622,6 +626,26 @@ def test_shares_under_autocast(dtype):
     assert seen['q'].dtype == seen['weights'].dtype == out.dtype == dtype, 'autocast was not on'
     expected, _ = shares_reference(layer, seen)
     assert error(seen['weights'], expected) < torch.finfo(dtype).eps / 2 + 1e-5
+
+
+@pytest.mark.parametrize('to_torchscript', [
+    torch.jit.script,
+    lambda function: torch.jit.trace(
+        function, example_inputs=(torch.randn(2, 2, 16, 8), torch.randn(2, 2, 16, 8), torch.zeros(2, 1, 1),
+                                  torch.randn(2, 8, 1))),
+])
+def test_shares_in_torchscript_under_autocast(to_torchscript):
+    """TorchScript cannot turn autocast off, which would round what is multiplied."""
+    def weights(q, k, log_reg, share):  # not a closure, which TorchScript refuses
+        return shares_attention_weights(q, k, log_reg, share, 5)
+
+    generator = torch.Generator().manual_seed(0)
+    q, k = torch.randn(2, 2, 2, 16, 8, generator=generator)
+    args = q, k, torch.full((2, 1, 1), -3.), torch.randn(2, 8, 1, generator=generator)
+    expected = weights(*args)
+    scripted = to_torchscript(weights)
+    with torch.autocast('cpu', dtype=torch.bfloat16):
+        assert error(scripted(*args), expected) < 1e-5
 
 
 def test_shares_keep_no_matrix_per_iteration():

@@ -202,6 +202,7 @@ def rooms_of_models(python, site):
     stderr = python('''
         import sys
         import timm_sot.cct
+        import timm_sot.layers
         for name, module in list(sys.modules.items()):
             if name.split('.')[0] == 'timm_sot':
                 print('room', module.__file__, file=sys.stderr)
@@ -240,6 +241,7 @@ def test_broken_room_of_the_models(python, site):
                 assert 'SyntaxError' in message and room.name in message, message
                 assert timm.is_model('resnet18') and not timm.is_model('cct_2')
                 try:
+                    import timm_sot.layers
                     import timm_sot.cct
                 except SyntaxError:
                     pass

@@ -371,7 +371,11 @@ def test_unknown_argument(name):
     *((dict([(name, value)]), rf'^{name}={value} must be an integer of at least 1')
       for name in ('in_chans', 'embed_dim', 'depth', 'num_heads', 'kernel_size', 'n_conv_layers')
       for value in (0, -1, 2.5)),
-    (dict(img_size=(32, 0)), r'width=0 must be an integer of at least 1'),
+    (dict(img_size=(32, 0)), r'img_size=0 must be an integer of at least 1'),
+    (dict(img_size='32'), r"img_size='32' must be an integer of at least 1"),
+    (dict(num_classes=1.5), r'num_classes=1\.5 must be an integer, 0 for no classification head'),
+    (dict(mlp_ratio='a'), r"mlp_ratio='a' must be a positive finite number"),
+    (dict(mlp_ratio=-1), r'mlp_ratio=-1 must be a positive finite number'),
     (dict(img_size=(32, 32, 3)), r'img_size=\(32, 32, 3\) must be one number or \(height, width\)'),
     (dict(num_heads=3), r'embed_dim=128 must be a multiple of num_heads=3'),
 ])
@@ -504,8 +508,10 @@ def test_checkpoint_with_more_than_the_model_was_told_to_have(original, caplog, 
 def test_checkpoint_with_less_than_the_model():
     for kwargs, name in ((dict(global_pool='avg'), 'attn_pool.score.weight'), (dict(pos_embed='none'), 'pos_embed')):
         overlay = dict(state_dict=create(**kwargs).state_dict())
-        with pytest.raises(RuntimeError, match=rf'Missing key\(s\).*{name}'):
+        with pytest.raises(RuntimeError, match=rf'the checkpoint lacks [12] parameters .*{name}'):
             create(pretrained=True, pretrained_cfg_overlay=overlay)
+        with pytest.raises(RuntimeError, match=rf'the checkpoint lacks [12] parameters .*{name}'):
+            create(pretrained=True, pretrained_cfg_overlay=overlay, num_classes=3)  # for which timm does not ask
 
 
 def test_part_of_a_checkpoint():
@@ -591,9 +597,9 @@ def test_set_input_size_sine():
 
 
 @pytest.mark.parametrize('size, match', [
-    (0, r'height=0 must be an integer of at least 1'),
-    ((48, 33.5), r'width=33\.5 must be an integer of at least 1'),
-    (None, r'height=None must be an integer of at least 1'),
+    (0, r'img_size=0 must be an integer of at least 1'),
+    ((48, 33.5), r'img_size=33\.5 must be an integer of at least 1'),
+    (None, r'img_size=None must be an integer of at least 1'),
     ((3, 48, 48), r'img_size=\(3, 48, 48\) must be one number or \(height, width\)'),
 ])
 def test_set_input_size_to_what_is_no_size(size, match):

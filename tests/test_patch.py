@@ -380,7 +380,8 @@ def test_model_without_attention():
     before = snapshot(model)
     message = (
         r'model \(ResNet\) has no timm.layers.Attention or timm_sot.SOTAttention module; '
-        r'found none with attention in the name of its class\. It takes a model like vit_base_patch16_224, ')
+        r'found none with attention in the name of its class\. apply_sot and attention_maps take models .* like '
+        r'vit_base_patch16_224, ')
     for variant in ('sot_qk', 'softmax'):
         with pytest.raises(ValueError, match=message):
             apply_sot(model, variant)
@@ -414,7 +415,7 @@ def test_what_is_no_model(model):
 def test_models_that_the_error_names_work():
     with pytest.raises(ValueError) as error:
         apply_sot(nn.Identity())
-    names = re.findall(r'\w+_\w+', str(error.value).partition('a model like ')[2])
+    names = re.findall(r'\w+_\w+', str(error.value).partition(' like ')[2])
     assert len(names) > 2
     for name in names:
         apply_sot(timm.create_model(name, device='meta'))

@@ -119,10 +119,23 @@ def test_spoilt_folder_or_file(folder, kind):
         dict(attn='sot_qk'), dict(num_heads=4), dict(sot_iters=0), dict(context=False)))])
 def test_arguments_that_the_packaged_weights_do_not_fit(model, kwargs):
     name, = kwargs
-    advice = 'leave depth, .*at their defaults, or create the model without pretrained weights'
+    advice = 'leave depth, .*at their defaults, .*; or create the model without pretrained weights'
     with pytest.raises(RuntimeError, match=f'(?s)^file .* of timm-sot: .*; (?=.*{name}){advice}') as error:
         timm.create_model(model, pretrained=True, **kwargs)
     assert 'install' not in str(error.value)
+
+
+def test_wrong_number_of_classes():
+    with pytest.raises(RuntimeError, match='of timm-sot: (?s:.*); leave num_classes out of pretrained_cfg_overlay'):
+        timm.create_model(
+            'cct_2_sot_qk', pretrained=True, num_classes=7, pretrained_cfg_overlay=dict(num_classes=7))
+
+
+def test_file_of_something_else(tmp_path):
+    torch.save([1, 2], tmp_path / 'mine.pth')
+    with pytest.raises(AttributeError, match='; it holds something else than weights by their names'):
+        timm.create_model(
+            'cct_2_sot_qk', pretrained=True, pretrained_cfg_overlay=dict(file=str(tmp_path / 'mine.pth')))
 
 
 @pytest.mark.parametrize('size', [0, 1000, 700000])

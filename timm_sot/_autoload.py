@@ -1,4 +1,4 @@
-""" Registers the models with timm without being asked
+""" Registers the models, and names of attention layers, with timm without being asked
 
 timm has no plugin hook, but it imports torch, and torch >= 2.5 calls every entry point of the group `torch.backends` at
 the end of `import torch`; ours is `autoload`. It must not raise, which would break `import torch`, and must not import
@@ -9,6 +9,7 @@ import sys
 import warnings
 
 _TARGET = 'timm.models'  # once this has loaded, timm's registry is there to be added to
+_registering = []  # not empty while `_register` is at work
 
 
 class _TimmFinder:
@@ -47,10 +48,16 @@ def _register():
     attention = sys.modules.get('timm_sot.attention')
     if attention is not None and not hasattr(attention, 'SOTAttention'):
         return  # timm is being imported by attention.py, which the models need; it calls autoload when it is done
+    if _registering:  # that call, where it is from here that attention.py is imported
+        return
+    _registering.append(True)
     try:
-        importlib.import_module('timm_sot.cct')
+        for room in ('layers', 'cct'):
+            importlib.import_module(f'timm_sot.{room}')
     except Exception as e:
         _warn(e)
+    finally:
+        _registering.clear()
 
 
 def _warn(e):

@@ -16,7 +16,14 @@ from ._autoload import autoload
 from .kernels.fused import choose_path, fused_sot_attention
 from .kernels.shares import fused_shares_attention
 from .solver import operators_work, scale_to_shares
-from .transform import autocast_disabled, check_transform_args, compute_dtype, sot_matrix, unit_rows
+from .transform import (
+    autocast_disabled,
+    check_transform_args,
+    compute_dtype,
+    pairwise_distance,
+    sot_matrix,
+    unit_rows,
+)
 
 __all__ = ['SOTAttention', 'VARIANTS']
 
@@ -157,10 +164,21 @@ def _shares_attention_weights(
     dtype = compute_dtype(q)
     x, y = q.to(dtype), k.to(dtype)
     reg = log_reg.to(dtype).clamp_min(min_log_reg).exp()
-    weights = (unit_rows(x) / reg @ unit_rows(y).transpose(-2, -1)).softmax(dim=-1)
+    weights = cosine_scores(x, y, reg).softmax(dim=-1)
     if share is not None:
         weights = scale_to_shares(weights, log_shares(y, share.to(dtype)), iters)
     return weights.to(q.dtype)
+
+
+def cosine_scores(x: torch.Tensor, y: torch.Tensor, reg: torch.Tensor) -> torch.Tensor:
+    """cos(x_i, y_j) / reg up to a constant, (B, H, N, D), (B, H, N, D), (H, 1, 1) -> (B, H, N, N)."""
+    x, y = unit_rows(x), unit_rows(y)
+    if torch.jit.is_scripting():  # autocast, which TorchScript cannot turn off, leaves distances in float32
+        return pairwise_distance(x, y).square() / (-2. * reg)
+    elif torch.jit.is_tracing():
+        return pairwise_distance(x, y).square() / (-2. * reg)
+    else:
+        return x / reg @ y.transpose(-2, -1)
 
 
 @torch.fx.wrap
@@ -228,7 +246,13 @@ def attention_path(
 
 def log_shares(k: torch.Tensor, share: torch.Tensor) -> torch.Tensor:
     """Logarithms of the tokens' shares in the attention of each head, (B, H, N, D), (H, D, 1) -> (B, H, 1, N)."""
-    return (k @ share).log_softmax(dim=-2).transpose(-2, -1)
+    if torch.jit.is_scripting():  # where autocast is on, a product would be in its dtype
+        scores = (k * share.transpose(-2, -1)).sum(dim=-1, keepdim=True)
+    elif torch.jit.is_tracing():
+        scores = (k * share.transpose(-2, -1)).sum(dim=-1, keepdim=True)
+    else:
+        scores = k @ share
+    return scores.log_softmax(dim=-2).transpose(-2, -1)
 
 
 def check_operands(q: torch.Tensor, operands: str) -> None:
@@ -296,7 +320,8 @@ class SOTAttention(Attention):
        The entries of S are in [0, 1] and its diagonal is 1; its rows do not sum to 1, so neither do those of the
        variants without softmax. 'sot_shares' is a plan, but not S: tokens are matched with themselves, too. It ends
        with the rows, which sum to 1 exactly, where its columns come near to their masses. With 0 iterations it is
-       softmax_j(cos(q_i, k_j) / reg_h), the same scores and regularization without the plan.
+       softmax_j(cos(q_i, k_j) / reg_h), the same scores and regularization without the plan. What it learns takes part
+       in weight decay, as in the study: reg_h is drawn to 1, the shares to equal ones.
      - with `fused_attn` of the layer, set by default as in timm, the output comes from the fused kernels of the device,
        where it has some, and the weights are never in memory; else they pass through `attn_drop`, where a hook sees
        them.
@@ -350,7 +375,8 @@ class SOTAttention(Attention):
     ) -> None:
         """Change how the attention weights are made.
 
-        What the layer had learned for 'sot_shares' is dropped, and begins anew with that variant.
+        What the layer had learned for 'sot_shares' is dropped, and begins anew with that variant. What timm saves of a
+        model does not know of it, see :func:`timm_sot.apply_sot`.
 
         Args:
             variant: As in the constructor, and so are the others; what is not given gets its default.
@@ -438,7 +464,7 @@ class SOTAttention(Attention):
             attn = self.attn_drop(attn)
             return attn @ v
         if self.log_reg is not None:
-            check_no_mask(attn_mask, is_causal)
+            q = unmasked(q, attn_mask, is_causal)
             return shares_attention(
                 q, k, v, self.log_reg, self.share, self.iters,
                 dropout_p=self.attn_drop.p if self.training else 0.,
@@ -450,7 +476,7 @@ class SOTAttention(Attention):
                 dropout_p=self.attn_drop.p if self.training else 0.,
                 is_causal=is_causal,
             )
-        check_no_mask(attn_mask, is_causal)
+        q = unmasked(q, attn_mask, is_causal)
         return sot_attention(
             q, k, v, self.operands, self.softmax, self.distance, self.reg, self.iters, self.tol,
             dropout_p=self.attn_drop.p if self.training else 0.,
@@ -465,13 +491,13 @@ class SOTAttention(Attention):
     ) -> torch.Tensor:
         """Attention weights before dropout, (B, H, N, D), (B, H, N, D) -> (B, H, N, N)."""
         if self.log_reg is not None:
-            check_no_mask(attn_mask, is_causal)
+            q = unmasked(q, attn_mask, is_causal)
             return shares_attention_weights(q, k, self.log_reg, self.share, self.iters)
         if self.operands == '':
             attn = (q * self.scale) @ k.transpose(-2, -1)
             attn = maybe_add_mask(attn, additive_mask(attn, attn_mask, is_causal))
             return attn.softmax(dim=-1)
-        check_no_mask(attn_mask, is_causal)
+        q = unmasked(q, attn_mask, is_causal)
         return sot_attention_weights(
             q, k, self.operands, self.softmax, self.distance, self.reg, self.iters, self.tol)
 
@@ -484,11 +510,15 @@ class SOTAttention(Attention):
                 f'distance={self.distance!r}')
 
 
-def check_no_mask(attn_mask: Optional[torch.Tensor], is_causal: bool) -> None:
+@torch.fx.wrap
+@register_notrace_function
+def unmasked(q: torch.Tensor, attn_mask: Optional[torch.Tensor], is_causal: bool) -> torch.Tensor:
+    """The queries of a variant that takes no mask; they pass through, as FX drops a call whose result nothing uses."""
     if attn_mask is not None or is_causal:
         raise NotImplementedError(
             "attn_mask and is_causal are supported by variant 'softmax' only: a transport plan spreads its mass "
             "over all tokens. Leave them at None and False, or use variant 'softmax'.")
+    return q
 
 
 @torch.fx.wrap

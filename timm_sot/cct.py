@@ -45,7 +45,7 @@ except ImportError:  # timm before 1.0.31 keeps no record of what a model was ch
     update_model_args = update_model_input_size = None
 
 from .attention import SOTAttention, check_variant
-from .solver import is_exporting
+from .solver import is_exporting, is_number
 from .weights import explained, packaged_weights, with_readable_folder
 
 __all__ = ['CCT']  # register_model adds each entry point to this
@@ -344,6 +344,10 @@ class CCT(nn.Module):
             kernel_size=kernel_size,
             n_conv_layers=n_conv_layers,
         )
+        if not isinstance(num_classes, Integral):
+            raise ValueError(f'num_classes={num_classes!r} must be an integer, 0 for no classification head.')
+        if not (is_number(mlp_ratio) and 0 < mlp_ratio < float('inf')):
+            raise ValueError(f'mlp_ratio={mlp_ratio!r} must be a positive finite number.')
         if embed_dim % num_heads:
             raise ValueError(f'embed_dim={embed_dim} must be a multiple of num_heads={num_heads}.')
         check_attention(attn, sot_reg, sot_iters, sot_tol)
@@ -662,7 +666,8 @@ def check_img_size(img_size: Union[int, Tuple[int, int]]) -> Tuple[int, int]:
     size = to_2tuple(img_size)
     if len(size) != 2:
         raise ValueError(f'img_size={img_size!r} must be one number or (height, width).')
-    check_positive_integers(height=size[0], width=size[1])
+    for side in size:
+        check_positive_integers(img_size=side)
     return size
 
 
@@ -771,12 +776,13 @@ def check_names(state_dict: Dict[str, torch.Tensor], model: CCT) -> None:
 
     timm asks for the names itself, but not where the number of classes differs: what is missing would stay random.
     """
-    adapted = ('head.', 'attn_pool.', 'pos_embed')
+    adapted = ('attn_pool.', 'pos_embed')  # which the model may be without
     given, expected = (
-        {name for name in names if not name.startswith(adapted)} for names in (state_dict, model.state_dict()))
+        {name for name in names if not name.startswith('head.')} for names in (state_dict, model.state_dict()))
+    surplus = {name for name in given - expected if not name.startswith(adapted)}
     problems = [
         f'{problem} {len(names)} parameters ({", ".join(sorted(names)[:3])}{", ..." if len(names) > 3 else ""})'
-        for problem, names in (('lacks', expected - given), ('has, unlike the model,', given - expected)) if names]
+        for problem, names in (('lacks', expected - given), ('has, unlike the model,', surplus)) if names]
     if problems:
         raise RuntimeError(f'the checkpoint {" and ".join(problems)}')
 

@@ -120,7 +120,7 @@ def _add_study(commands) -> None:
                        help='of the learning rate: cosine, by step after a warm-up of a quarter of an epoch, or that '
                             'of the original runs, by epoch after a warm-up of five')
     group.add_argument('--augment', nargs='*', choices=['autoaugment', 'autoaugment-gray', 'crop', 'flip'],
-                       help='in this order; default without a preset: crop, and flip for folders')
+                       help='in this order; default of quick: crop, and flip for folders')
     group.add_argument('--precision', choices=['float32', 'conv-tf32', 'bfloat16'],
                        help='float32 throughout, TensorFloat-32 in the convolutions of a GPU, or autocast to bfloat16 '
                             '(default: float32)')
@@ -396,7 +396,8 @@ def _add_export(commands) -> None:
                     'recorded.')
     parser.add_argument('checkpoint', metavar='CHECKPOINT',
                         help="of timm's train.py (model_best.pth.tar) or of a study (checkpoints/NAME.safetensors)")
-    parser.add_argument('--out', required=True, metavar='DIR', help='the folder, named MODEL.TAG; TAG names the data')
+    parser.add_argument('--out', required=True, metavar='DIR',
+                        help='the folder, whose name is that of the model in its card: MODEL.TAG, a TAG for the data')
     parser.add_argument('--data-dir', default='', metavar='DIR',
                         help='evaluate on these images, in val/<class>/, or else test/<class>/, or else <class>/')
     parser.add_argument('--model-kwargs', nargs='*', default={}, action=_ModelKwargs, metavar='KEY=VALUE',

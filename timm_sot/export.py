@@ -61,6 +61,7 @@ class Checkpoint(NamedTuple):
     command: str
     limits: List[str]
     data_config: Dict[str, Any] = {}  # preprocessing other than the model's default
+    by_study: bool = True  # else by timm's train.py
 
 
 class Score(NamedTuple):
@@ -161,8 +162,8 @@ def read_study(path: str, weights: Dict[str, torch.Tensor]) -> Checkpoint:
     """The run of a study whose weights these are; its result is in results.jsonl, beside or above them."""
     found = find_result(path)
     if found is None:
-        raise UserError(f'there is no result of {Path(path).stem} in a results.jsonl beside {path} or above its folder; '
-                        f'export takes the weights of a study from the folder that the study wrote.')
+        raise UserError(f'there is no result of {Path(path).stem} in a results.jsonl beside {path} or above its '
+                        f'folder; export takes the weights of a study from the folder that the study wrote.')
     result, seeds, settings = found
     model, kwargs = result['model'], result['kwargs']
     first, _ = settings.get('first', (model, kwargs))
@@ -245,7 +246,12 @@ def read_train(content: Dict[str, Any]) -> Checkpoint:
     command = f'cat > args.yaml << END\n{config}END\npython train.py --config args.yaml --data-dir DIR'
     return Checkpoint(
         args['model'], kwargs, weights, data, [(key, plain(value)) for key, value in facts], command,
-        [f'One run with one seed, taken after {epochs} epochs.'], data_config)
+        [f'One run with one seed, taken after {epochs} epochs.'], data_config, by_study=False)
+
+
+def needs_timm_sot(model: nn.Module) -> bool:
+    """Whether anything of the model is of this package."""
+    return any(type(module).__module__.partition('.')[0] == 'timm_sot' for module in model.modules())
 
 
 def plain(value: Any) -> str:
@@ -327,7 +333,8 @@ def format_card(name: str, model: nn.Module, source: Checkpoint, score: Optional
         metric_type='accuracy', metric_name='Top-1 accuracy', metric_value=score.top1)] if score else None
     metadata = ModelCardData(
         license=cfg.get('license') or 'apache-2.0', library_name='timm', pipeline_tag='image-classification',
-        tags=['timm', 'timm-sot', 'image-classification'], datasets=[data], metrics=['accuracy'],
+        tags=['timm', *['timm-sot'] * needs_timm_sot(model), 'image-classification'],
+        datasets=[data], metrics=['accuracy'],
         model_name=name, eval_results=results)
     attn = getattr(getattr(next(iter(getattr(model, 'blocks', [])), None), 'attn', None), 'variant', None)
     size = 'x'.join(map(str, cfg['input_size'][1:]))
@@ -346,12 +353,18 @@ def format_card(name: str, model: nn.Module, source: Checkpoint, score: Optional
         limits.append('Its attention needs as many tokens as a head is wide: the image size cannot be changed.')
     kind = f'A Compact Convolutional Transformer with `{attn}` attention' if attn else f'`{type(model).__name__}`'
     facts = '\n'.join(f'| {key} | {value} |' for key, value in source.facts)
+    origin = f'with timm-sot, which adds {PROJECT}.' if source.by_study else "by timm's train.py."
+    install = ''
+    if needs_timm_sot(model):
+        install = 'timm loads the weights, timm-sot brings the model; nothing needs to be imported from it:\n\n' \
+            '```bash\npip install timm-sot\n```\n\n'
+        origin += '' if source.by_study else f' timm-sot adds {PROJECT}.'
     return f'''---
 {metadata.to_yaml()}
 ---
 # Model card for {name}
 
-{kind}, trained on {data} with timm-sot, which adds {PROJECT}.
+{kind}, trained on {data} {origin}
 
 - Architecture: `{cfg["architecture"]}`{f" with {arguments}" if arguments else ""}
 - Parameters: {parameters:,}
@@ -364,13 +377,7 @@ def format_card(name: str, model: nn.Module, source: Checkpoint, score: Optional
 
 ## Use
 
-timm loads the weights, timm-sot brings the model; nothing needs to be imported from it:
-
-```bash
-pip install timm-sot
-```
-
-```python
+{install}```python
 import timm
 import torch
 

@@ -87,14 +87,19 @@ def explain(error: Exception, cfg: Dict[str, Any]) -> None:
         source = f'file {cfg["file"]}{" of timm-sot" if packaged else ""}'
         if damaged or isinstance(error, FileNotFoundError):
             advice = 'install timm-sot again' if packaged else 'check its path, or copy it anew'
+        elif packaged and set(re.findall(r'size mismatch for (\w+)', str(error))) == {'head'}:
+            advice = 'leave num_classes out of pretrained_cfg_overlay: it says of how many classes the weights are'
         elif packaged:
             advice = (
-                'leave depth, embed_dim, mlp_ratio, kernel_size and n_conv_layers, and of sot_shares attn, '
-                'num_heads, sot_iters and context, at their defaults, or create the model without pretrained weights')
+                'leave depth, embed_dim, mlp_ratio, kernel_size, n_conv_layers and context at their defaults, attn at '
+                'that of the model or at another than sot_shares, and of sot_shares num_heads and sot_iters, too; or '
+                'create the model without pretrained weights')
         elif 'head.' in str(error):
             advice = (
                 'say of how many classes the weights are, with pretrained_cfg_overlay=dict(file=..., num_classes=...), '
                 'and create the model with the arguments that they were trained with')
+        elif isinstance(error, AttributeError):
+            advice = 'it holds something else than weights by their names, which is what a checkpoint holds'
         else:
             advice = 'create the model with the arguments that the weights were trained with'
 

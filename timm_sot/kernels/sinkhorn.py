@@ -178,16 +178,22 @@ def _run_loops(
 
 def sum_rows(kernel: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """K b, (..., N, M), (..., 1, M) -> (..., N, 1)."""
-    if kernel.device.type == 'cpu':
+    if torch.jit.is_scripting():  # autocast, which TorchScript cannot turn off, leaves sums in float32
+        return (kernel * b).sum(dim=-1, keepdim=True)
+    elif kernel.device.type == 'cpu' and not torch.jit.is_tracing():
         return kernel @ b.transpose(-2, -1)
-    return (kernel * b).sum(dim=-1, keepdim=True)
+    else:
+        return (kernel * b).sum(dim=-1, keepdim=True)
 
 
 def sum_columns(a: torch.Tensor, kernel: torch.Tensor) -> torch.Tensor:
     """a^T K, (..., N, 1), (..., N, M) -> (..., 1, M)."""
-    if kernel.device.type == 'cpu':
+    if torch.jit.is_scripting():
+        return (a * kernel).sum(dim=-2, keepdim=True)
+    elif kernel.device.type == 'cpu' and not torch.jit.is_tracing():
         return a.transpose(-2, -1) @ kernel
-    return (a * kernel).sum(dim=-2, keepdim=True)
+    else:
+        return (a * kernel).sum(dim=-2, keepdim=True)
 
 
 def _iterate(

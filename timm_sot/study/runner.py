@@ -47,7 +47,8 @@ def resolve_device(name: str = '') -> torch.device:
         device = torch.device(name or ('cuda' if torch.cuda.is_available() else 'cpu'))
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as e:  # unknown to torch, or absent
-        raise UserError(f'device {name!r} cannot be used: {first_line(e)}') from e
+        # the first sentence: torch goes on with a list of all that it might have been built for
+        raise UserError(f'device {name!r} cannot be used: {first_line(e).partition(". ")[0]}') from e
     return device
 
 

@@ -1,0 +1,56 @@
+""" SOT attention by name, in models that take an attn_layer """
+import pickle
+
+import pytest
+import timm
+import torch
+from timm.models import save_for_hf, vision_transformer
+
+from timm_sot import SOTAttention, apply_sot
+from timm_sot.attention import VARIANTS
+from timm_sot.cct import update_model_args
+from timm_sot.layers import NAMED_LAYERS
+
+pytestmark = pytest.mark.skipif(
+    not hasattr(vision_transformer, 'ATTN_LAYERS'), reason='needs the names of timm 1.0.23')
+
+
+@pytest.mark.parametrize('variant', [name for name in VARIANTS if name != 'softmax'])
+def test_is_what_apply_sot_makes(variant):
+    kwargs = dict(img_size=64, qk_norm=True, attn_drop_rate=0.1) if variant != 'sot_qkt' else {}
+    torch.manual_seed(0)
+    model = timm.create_model('test_vit', attn_layer=variant, **kwargs).eval()
+    torch.manual_seed(0)
+    applied = apply_sot(timm.create_model('test_vit', **kwargs), variant).eval()
+    for block, other in zip(model.blocks, applied.blocks):
+        assert type(block.attn) is type(other.attn) is SOTAttention
+        assert block.attn.extra_repr() == other.attn.extra_repr()
+        assert block.attn.attn_drop.p == other.attn.attn_drop.p
+    state = applied.state_dict()
+    assert model.state_dict().keys() == state.keys()
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    if variant != 'sot_qkt':  # whose tokens are not as many as its channels
+        x = torch.randn(2, 3, 64, 64)
+        assert torch.equal(model(x), applied(x))
+    pickle.loads(pickle.dumps(model))
+
+
+def test_apply_sot_changes_it():
+    model = timm.create_model('test_vit', attn_layer='sot_shares')
+    apply_sot(model, 'softmax')
+    assert {type(block.attn) for block in model.blocks} == {timm.layers.Attention}
+
+
+def test_names():
+    assert set(NAMED_LAYERS) == set(VARIANTS) - {'softmax'}
+    assert issubclass(NAMED_LAYERS['sot_q'], SOTAttention) and NAMED_LAYERS['sot_q'].__name__ == 'sot_q'
+
+
+@pytest.mark.skipif(update_model_args is None, reason='needs the saved arguments of timm 1.0.31')
+def test_saved_with_its_attention(tmp_path):
+    model = timm.create_model('test_vit', attn_layer='sot_shares').eval()
+    torch.nn.init.normal_(model.blocks[0].attn.share)
+    save_for_hf(model, tmp_path)
+    loaded = timm.create_model(f'local-dir:{tmp_path}', pretrained=True).eval()
+    x = torch.randn(2, 3, 160, 160)
+    assert torch.equal(loaded(x), model(x)) and loaded.blocks[0].attn.variant == 'sot_shares'
