@@ -222,8 +222,10 @@ def save(epoch):
     return 'save', {'epoch': epoch, 'top1': [50.] * epoch}
 
 
-def finish(model, epochs=2):
-    return 'finish', {'model': model, 'top1': [50.] * epochs, 'final': 50., 'best': 50., 'seconds': 1.}, {}
+def finish(model, epochs=2, device='cpu'):
+    return 'finish', dict(
+        model=model, kwargs={}, seed=0, epochs=epochs, top1=[50.] * epochs, final=50., best=50., seconds=1.,
+        device=device, versions={'torch': '1'}), {}
 
 
 def play(stand_in, models=('a',), of=Cluster(), deadline=float('inf'), parallel=6, workers=None):
@@ -354,6 +356,12 @@ def test_a_worker_sends_copies():
     weight.add_(1)
     (_, saved), (_, _, weights) = link.messages.get(), link.messages.get()
     assert saved['epoch'] == 1 and not saved['state']['optimizer'][0]['step'].any() and not weights['weight'].any()
+
+
+def test_another_device_is_said():
+    stand_in = StandIn([[BEGIN, finish('a')], [BEGIN, finish('b', device='B')]])
+    with pytest.warns(UserWarning, match='there are runs of cpu, those to come are of B'):
+        play(stand_in, ('a', 'b'))
 
 
 def test_warnings_are_said_once(capsys):
