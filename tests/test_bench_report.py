@@ -47,6 +47,10 @@ def test_bars():
         ('1.11x (1.11-1.11, n = 1)', 'not met'), ('1.25x', 'met'),
         *[('', 'not measured')] * 4]
 
+    quick = {**cpu, 'about': {**cpu['about'], 'quick': True}}
+    assert [row['state'] for row in reports.bar_rows([quick])][:4] == [
+        'met, in few rounds', 'not met, in few rounds', 'not met, in few rounds', 'met']
+
     core = ('core', reports.CUDA_CORE, TRAIN)
     cuda = fake_report(
         fake_row(*core, 'sdpa', 'sdpa', call=1., graph=0.5), fake_row(*core, 'sot_qk', 'sdpa', call=1.2, graph=0.8),

@@ -125,7 +125,8 @@ def bar_rows(reports: Sequence[Dict[str, Any]]) -> List[Dict[str, Any]]:
         if values:
             worst = (min if bar.at_least else max)(row['values'].values())
             met = worst >= bar.limit if bar.at_least else worst <= bar.limit
-            row.update(on=report['about']['device'], state='met' if met else 'not met', measured=', '.join(
+            few = ', in few rounds' if report['about']['quick'] and any(spread for _, _, spread in values) else ''
+            row.update(on=report['about']['device'], state=('met' if met else 'not met') + few, measured=', '.join(
                 (f'{value:.2f}{bar.unit}' if bar.unit else f'{value:,}')
                 + (f' {how}' if len(values) > 1 else '') + (f' ({spread})' if spread else '')
                 for value, how, spread in values))
