@@ -107,12 +107,28 @@ def test_drops_what_the_others_drop():
 
 
 def test_strides():
-    """Keys stored transposed, values broadcast, and a gradient with a stride of its own."""
+    """Keys stored transposed, values broadcast, and others with strides of their own."""
     q, k, v, grad = make_inputs(2, 2, 20, 32)
     k = k.transpose(-2, -1).contiguous().transpose(-2, -1)
-    v = v[:1].expand(2, -1, -1, -1)
-    grad = grad.repeat_interleave(2, dim=-1)[..., ::2]
+    q, v, grad = (x.repeat_interleave(2, dim=-1)[..., ::2] for x in (q, v[:1], grad))
+    v = v.expand(2, -1, -1, -1)
     assert_close(run('strips', q, k, v, grad, iters=2), expected(q, k, v, grad, iters=2))
+
+
+@pytest.mark.parametrize('variant', ['sot_q', 'sot_qk'])
+def test_far_from_the_origin(variant):
+    q, k, v, grad = make_inputs(1, 1, 40, 32)
+    assert_close(
+        run('strips', q + 100., k + 100., v, grad, variant, iters=2),
+        expected(q + 100., k + 100., v, grad, variant, iters=2))
+
+
+def test_equal_rows_are_at_distance_0():
+    q, k, v, grad = make_inputs(1, 1, 40, 32)
+    k = q.roll(1, dims=-2)
+    assert_close(
+        run('strips', q, k, v, grad, 'sot_qk_nosoftmax', iters=2),
+        expected(q, k, v, grad, 'sot_qk_nosoftmax', iters=2))
 
 
 @pytest.mark.parametrize('reg', [0.1, 1.])
