@@ -1,19 +1,27 @@
 """ Whether the compiled loops can be run, and how they are shared out """
+import os
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
+from timm_sot.kernels import threads
 from timm_sot.kernels.threads import LEAST_WORK, run_in_threads
 
+HAS_OPENMP = threads._openmp() is not None
 
-@pytest.fixture
-def four_threads():
+
+@pytest.fixture(params=[
+    pytest.param('openmp', marks=pytest.mark.skipif(not HAS_OPENMP, reason='needs a torch with OpenMP')), 'python'])
+def four_threads(request, monkeypatch):
+    if request.param == 'python':
+        monkeypatch.setattr(threads, '_openmp', lambda: None)
     before = torch.get_num_threads()
     torch.set_num_threads(4)
-    yield
+    yield request.param
     torch.set_num_threads(before)
 
 
@@ -53,6 +61,56 @@ def test_errors_of_a_thread_are_raised(four_threads):
 
     with pytest.raises(FloatingPointError, match='the last part'):
         run_in_threads(fail, 4, LEAST_WORK)
+
+
+def test_they_are_those_of_torch(four_threads):
+    """Which are the same every time; and torch can use them afterwards."""
+    def native_ids():
+        barrier, ids = threading.Barrier(4), set()
+
+        def loops(first, last):
+            barrier.wait(timeout=30)
+            ids.add(threading.get_native_id())
+        run_in_threads(loops, 4, LEAST_WORK)
+        return ids
+
+    once = native_ids()
+    assert len(once) == 4
+    assert (native_ids() == once) == (four_threads == 'openmp')
+    assert torch.ones(10 ** 6).sum() == 10 ** 6
+    if four_threads == 'openmp':
+        run_in_threads(lambda first, last: None, 2, LEAST_WORK)  # fewer parts than threads
+        assert native_ids() == once
+
+
+def test_many_threads_of_python_at_once(four_threads):
+    def count(_):
+        parts = []
+        run_in_threads(lambda first, last: parts.append(last - first), 100, LEAST_WORK)
+        return sum(parts)
+
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(count, range(50))) == [100] * 50
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, 'fork'), reason='needs os.fork')
+def test_after_a_fork():
+    """In which there are no threads but the one that forked."""
+    code = '''
+import os, signal, torch
+from timm_sot.kernels.threads import LEAST_WORK, run_in_threads
+torch.set_num_threads(2)
+run_in_threads(lambda first, last: None, 2, LEAST_WORK)
+if os.fork() == 0:
+    signal.alarm(30)
+    parts = []
+    run_in_threads(lambda first, last: parts.append(last - first), 2, LEAST_WORK)
+    os._exit(sum(parts))
+print(os.waitstatus_to_exitcode(os.wait()[1]))
+'''
+    result = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
+    assert result.stdout.strip() == '2', result.stderr
 
 
 @pytest.mark.slow

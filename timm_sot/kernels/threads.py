@@ -1,16 +1,21 @@
 """ How the compiled loops of `cpu_loops` are run: whether they can be, and on how many threads """
+import ctypes
 import functools
 import importlib
 import importlib.util
+import os
 import warnings
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Callable
+from typing import Any, Callable, Optional
 
 import torch
 
 __all__ = ['loops_work', 'run_in_threads']
 
 LEAST_WORK = 2 ** 20  # multiplications of a thread, a tenth of a millisecond: to start one takes about as long
+
+_REGION = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+_PROCESS = os.getpid()  # OpenMP's threads do not survive a fork, and the runtime would wait for them
 
 
 @functools.lru_cache(maxsize=None)
@@ -29,10 +34,31 @@ def loops_work() -> bool:
     return True
 
 
+@functools.lru_cache(maxsize=None)
+def _openmp() -> Optional[Callable[..., None]]:
+    """`GOMP_parallel(function, argument, threads, flags)` of the OpenMP runtime that torch runs on, if it has one.
+
+    GNU's runtime has this entry, which compilers make of `#pragma omp parallel`, and so have Intel's and LLVM's on
+    Linux.
+    """
+    if not torch.backends.openmp.is_available():
+        return None
+    try:
+        parallel = ctypes.CDLL(torch._C.__file__).GOMP_parallel  # of what torch itself is linked to
+    except (OSError, AttributeError):
+        return None
+    parallel.argtypes = [_REGION, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
+    parallel.restype = None
+    return parallel
+
+
 def run_in_threads(loops: Callable[..., None], problems: int, work: int, *args: Any) -> None:
     """Call loops(first, last, *args) for parts of the problems, in up to as many threads as torch uses.
 
-    Not numba's own threads: those abort the process when two threads of Python arrive at once, or after a fork.
+    They are torch's own threads where these are OpenMP's, which wait for the next operation in a busy loop: others
+    would have to share the cores with them (on two cores of an Intel Xeon, the loops took 1.7 times as long after an
+    operation of torch). Not numba's threads: those abort the process when two threads of Python arrive at once, or
+    after a fork.
 
     Args:
         loops: A compiled function that lets other threads run.
@@ -40,12 +66,31 @@ def run_in_threads(loops: Callable[..., None], problems: int, work: int, *args: 
         work: Multiplications of a problem, roughly.
         args: Further arguments of `loops`.
     """
-    threads = min(torch.get_num_threads(), problems, problems * work // LEAST_WORK)
+    team = torch.get_num_threads()
+    threads = min(team, problems, problems * work // LEAST_WORK)
     if threads <= 1:
         return loops(0, problems, *args)
-    bounds = [problems * t // threads for t in range(threads + 1)]
-    with ThreadPoolExecutor(threads - 1) as pool:
-        others = [pool.submit(loops, *part, *args) for part in zip(bounds[1:], bounds[2:])]
-        loops(bounds[0], bounds[1], *args)
-    for other in others:
-        other.result()
+    parts = [(problems * t // threads, problems * (t + 1) // threads) for t in range(threads)]
+    errors = []
+
+    def run_parts(_: Any = None) -> None:
+        while parts:
+            try:
+                part = parts.pop()
+            except IndexError:  # another thread was faster
+                return
+            try:
+                loops(*part, *args)
+            except BaseException as e:  # nothing can be raised through the runtime
+                errors.append(e)
+
+    parallel = _openmp()
+    if parallel is not None and os.getpid() == _PROCESS:
+        parallel(_REGION(run_parts), None, team, 0)  # another size of the team would make the runtime start threads
+    else:
+        with ThreadPoolExecutor(threads - 1) as pool:
+            for _ in range(threads - 1):
+                pool.submit(run_parts)
+            run_parts()
+    if errors:
+        raise errors[0]
