@@ -128,6 +128,21 @@ def test_half(variant, dtype):
     assert_close(run('cpu', *tensors, variant), expected(*tensors, variant), dtype)
 
 
+@pytest.mark.parametrize('N, distance', [(32, 'euclidean'), (32, 'cosine'), (20, 'euclidean')])
+@pytest.mark.parametrize('variant', VARIANTS)
+def test_bfloat16_is_float32_rounded_once(variant, N, distance):
+    """In whole tiles, which float32 reads and writes where they lie, and in others; with what float32 rounds to inf."""
+    D = N if variant == 'sot_qkt' else 32
+    tensors = [x.clone() for x in make_inputs(4, 2, N, D, torch.bfloat16)]
+    tensors[2][1] *= torch.finfo(torch.bfloat16).max / tensors[2][1].abs().max()
+    tensors[0][2, 1, 3, 5] = math.nan
+    tensors[3][3, 0, 2, 1] = -math.inf
+    rounded = [x.bfloat16() for x in run('cpu', *map(torch.Tensor.float, tensors), variant, p=0.1, distance=distance)]
+    actual = run('cpu', *tensors, variant, p=0.1, distance=distance)
+    assert all(torch.equal(x.nan_to_num(-1.5), y.nan_to_num(-1.5)) for x, y in zip(actual, rounded))
+    assert all(torch.equal(x.isnan(), y.isnan()) for x, y in zip(actual, rounded))
+
+
 @pytest.mark.parametrize('distance', ['euclidean', 'cosine'])
 @pytest.mark.parametrize('variant', ['sot_q', 'sot_qk'])
 def test_close_points_far_from_the_origin(variant, distance):

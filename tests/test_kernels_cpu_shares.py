@@ -3,8 +3,8 @@ import pytest
 import torch
 
 from kernels import values_read
-from shares import assert_close, expected, inputs, run
-from timm_sot.kernels import threads
+from shares import assert_close, expected, inputs, parameters, run
+from timm_sot.kernels import cpu_shares, threads
 from timm_sot.kernels.cpu_shares import empty_saved
 from timm_sot.kernels.threads import loops_work
 
@@ -14,6 +14,21 @@ pytestmark = pytest.mark.skipif(not loops_work(), reason='needs numba')
 def test_more_tokens():
     tensors = inputs('cpu', 1, 1, 197, 64)
     assert_close(run('cpu', *tensors), expected(*tensors))
+
+
+@pytest.mark.parametrize('N', [32, 20])
+def test_bfloat16_is_float32_rounded_once(N):
+    """In whole tiles, which float32 reads and writes where they lie, and in others."""
+    q, k, v, *learned, grad = inputs('cpu', 2, 2, N, 32, torch.bfloat16)
+    settings = (*parameters(k, *learned), 5, 0.1, torch.tensor(123))
+
+    def both_ways(grad, *qkv):
+        out, saved = cpu_shares.shares_forward(*qkv, *settings)
+        return out, *cpu_shares.shares_backward(grad, *qkv, *settings[:2], saved, *settings[2:])
+
+    wanted = both_ways(*(x.float() for x in (grad, q, k, v)))
+    for i, (x, y) in enumerate(zip(both_ways(grad, q, k, v), wanted)):
+        assert torch.equal(x, y.bfloat16() if i < 4 else y)
 
 
 def test_dropout_keeps_the_mean():

@@ -21,6 +21,7 @@ __all__ = [
     'count_iterations',
     'empty_saved',
     'flat',
+    'loop_dtype',
     'padded',
     'seed_number',
     'sot_attention_forward',
@@ -43,12 +44,26 @@ def padded(n: int) -> int:
 
 
 def flat(x: torch.Tensor) -> Tuple[Any, Tuple[int, int, int]]:
-    """The memory of a (B, H, N, D) tensor with contiguous rows as a numpy vector in float32, and its strides."""
-    x = x.detach().float()
+    """The memory of a (B, H, N, D) tensor with contiguous rows as a numpy vector, and its strides.
+
+    In float32, but the bits of bfloat16, which the loops convert as they go: with tensors converted beforehand and
+    afterwards, forward and backward took 17 ms instead of 11 (128x2x64x64, two threads of an Intel Xeon).
+    """
+    x = x.detach()
+    if loop_dtype(x) != x.dtype:
+        x = x.float()
     if x.stride(-1) != 1 and x.shape[-1] > 1:
         x = x.contiguous()
     extent = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride())) + 1 if x.numel() else 0
-    return x.as_strided((extent,), (1,)).numpy(), x.stride()[:3]
+    vector = x.as_strided((extent,), (1,))
+    if x.dtype == torch.bfloat16:
+        return vector.view(torch.int16).numpy().view('uint16'), x.stride()[:3]
+    return vector.numpy(), x.stride()[:3]
+
+
+def loop_dtype(q: torch.Tensor) -> torch.dtype:
+    """What the loops read queries, keys and values as, and write results as."""
+    return torch.bfloat16 if q.dtype == torch.bfloat16 else torch.float32
 
 
 def empty_saved(q: torch.Tensor, iters: int) -> torch.Tensor:
@@ -113,7 +128,7 @@ def sot_attention_forward(
     from .cpu_loops import attention_forward
 
     B, H = q.shape[:2]
-    out = empty_heads(q, torch.float32)
+    out = empty_heads(q, loop_dtype(q))
     saved = empty_saved(q, iters)
     numbers = _numbers(q, operands, softmax, reg, iters, scale, dropout_p, distance)
     run_in_threads(
@@ -150,7 +165,7 @@ def count_iterations(
     from .cpu_loops import attention_forward
 
     B, H, N, _ = q.shape
-    out = empty_heads(q, torch.float32)
+    out = empty_heads(q, loop_dtype(q))
     most = min(iters, MAX_KEPT_ITERS)
     while True:
         saved = q.new_empty(B * H, N + 1 + 2 * most, padded(N), dtype=torch.float32)
@@ -190,8 +205,8 @@ def sot_attention_backward(
 
     B, H = q.shape[:2]
     own = operands == 'q'
-    grad_q, grad_v = empty_heads(q, torch.float32), empty_heads(q, torch.float32)
-    grad_k = grad_q if own else empty_heads(q, torch.float32)
+    grad_q, grad_v = empty_heads(q, loop_dtype(q)), empty_heads(q, loop_dtype(q))
+    grad_k = grad_q if own else empty_heads(q, loop_dtype(q))
     numbers = _numbers(q, operands, softmax, reg, iters, scale, dropout_p, distance)
     run_in_threads(
         attention_backward, B * H, 2 * work(q, iters),

@@ -5,8 +5,9 @@ the user's cache folder; where neither is writable, every process compiles anew.
 version as long as this file is unchanged: what is compiled into the loops has to stand in here too.
 
 Matrices of a problem are scratch arrays padded with zeros to a multiple of 16 in both directions, which is what the
-tiles below read and write, unless an operand or a result needs no padding: then it stays where it is. Of attention,
-`N` counts points, `R` and `W` are N and the width padded; a log-kernel is N x M, padded to R x W.
+tiles below read and write, unless an operand or a result needs neither padding nor conversion: then it stays where it
+is. Queries, keys, values, outputs and their gradients are float32, or bfloat16 as its bits. Of attention, `N` counts
+points, `R` and `W` are N and the width padded; a log-kernel is N x M, padded to R x W.
 """
 import math
 
@@ -254,6 +255,38 @@ def _padded(n):
     return (n + LANES - 1) // LANES * LANES
 
 
+@intrinsic
+def _widened(context, x):
+    """A number of the memory of a tensor as float32: it is one, or the bits of a bfloat16, the upper half of one."""
+    def codegen(context, builder, signature, args):
+        if signature.args[0] == types.float32:
+            return args[0]
+        bits = builder.zext(args[0], ir.IntType(32))
+        return builder.bitcast(builder.shl(bits, ir.Constant(bits.type, 16)), ir.FloatType())
+
+    return types.float32(x), codegen
+
+
+@intrinsic
+def _narrowed(context, x, flat):
+    """A float32 as the memory of a tensor has it: as it is, or as the bits of the nearest bfloat16, of two the even."""
+    def codegen(context, builder, signature, args):
+        if signature.return_type == types.float32:
+            return args[0]
+        bits = builder.bitcast(args[0], ir.IntType(32))
+
+        def number(value):
+            return ir.Constant(bits.type, value)
+
+        odd = builder.and_(builder.lshr(bits, number(16)), number(1))
+        rounded = builder.add(bits, builder.add(odd, number(0x7fff)))
+        is_nan = builder.icmp_unsigned('>', builder.and_(bits, number(0x7fffffff)), number(0x7f800000))
+        rounded = builder.select(is_nan, number(0x7fc00000), rounded)  # its last bits alone may be set, or overflow
+        return builder.trunc(builder.lshr(rounded, number(16)), ir.IntType(16))
+
+    return flat.dtype(x, flat), codegen
+
+
 @_jit()
 def _start(strides, batch, head):
     """Where the rows of a problem begin."""
@@ -335,7 +368,7 @@ def _rows_finite(flat, start, stride, rows, columns):
     for i in range(rows):
         row = flat[start + i * stride:start + i * stride + columns]
         for j in range(columns):
-            total += ZERO * row[j]
+            total += ZERO * _widened(row[j])
     return total == ZERO
 
 
@@ -351,14 +384,20 @@ def _load(flat, start, stride, out, rows, columns):
     for i in range(rows):
         source, target = flat[start + i * stride:start + i * stride + columns], out[i]
         for j in range(columns):
-            target[j] = source[j]
+            target[j] = _widened(source[j])
+
+
+@_jit()
+def _is_whole(flat, N, D):
+    """Whether a product can read and write rows where they lie: in whole tiles, and in float32."""
+    return N % LANES == 0 and D % LANES == 0 and flat.itemsize == FLOAT_SIZE
 
 
 @_jit()
 def _place(flat, start, stride, scratch, rows, columns, whole):
     """What a product reads or writes: rows that are `stride` apart where they lie if `whole`, else `scratch`."""
-    if whole:
-        return as_strided(flat[start:], (rows, columns), (stride * FLOAT_SIZE, FLOAT_SIZE))
+    if whole:  # of what is not in float32 this compiles, too, but never runs
+        return as_strided(flat.view(np.float32)[start:], (rows, columns), (stride * FLOAT_SIZE, FLOAT_SIZE))
     return as_strided(scratch, scratch.shape, scratch.strides)  # itself, but of the type that the other branch has
 
 
@@ -367,7 +406,7 @@ def _load_transposed(flat, start, stride, out, rows, columns):
     for i in range(rows):
         source = flat[start + i * stride:start + i * stride + columns]
         for j in range(columns):
-            out[j, i] = source[j]
+            out[j, i] = _widened(source[j])
 
 
 @_jit()
@@ -375,7 +414,7 @@ def _store(x, flat, start, stride, rows, columns):
     for i in range(rows):
         source, target = x[i], flat[start + i * stride:start + i * stride + columns]
         for j in range(columns):
-            target[j] = source[j]
+            target[j] = _narrowed(source[j], flat)
 
 
 @_jit()
@@ -383,7 +422,7 @@ def _store_transposed(x, flat, start, stride, rows, columns):
     for i in range(rows):
         target = flat[start + i * stride:start + i * stride + columns]
         for j in range(columns):
-            target[j] = x[j, i]
+            target[j] = _narrowed(x[j, i], flat)
 
 
 @_fast
@@ -726,7 +765,7 @@ def attention_forward(
     x_inverse_norms, y_inverse_norms = _vector(R), _vector(R)
     start_b = ZERO if log else ONE
     mass, log2_mass = ONE / np.float32(N), np.float32(-math.log2(N))
-    whole = N == R and D == W and not cosine  # whole tiles, and nothing to change in them
+    whole = _is_whole(q, N, D) and not cosine  # for the cosine the rows are changed
     for problem in range(first, last):
         batch, head = problem // heads, problem % heads
         costs = saved[problem]  # N rows of costs, their maxima, then the scaling vectors
@@ -804,7 +843,7 @@ def attention_backward(
     x_inverse_norms, y_inverse_norms = _vector(R), _vector(R)
     start_b = ZERO if log else ONE
     mass, log2_mass = ONE / np.float32(N), np.float32(-math.log2(N))
-    whole = N == R and D == W and not cosine  # whole tiles, and nothing to change in them
+    whole = _is_whole(q, N, D) and not cosine  # for the cosine the rows are changed
     for problem in range(first, last):
         batch, head = problem // heads, problem % heads
         grad_start = _start(grad_strides, batch, head)
@@ -997,7 +1036,7 @@ def shares_forward(
     kernel, weights = _matrix(R, R), _matrix(R, R)
     a, b, inverse_sums, sums, shares, factor = _vector(R), _vector(R), _vector(R), _vector(R), _vector(R), _vector(R)
     inverse_norms = _vector(R)
-    whole = N == R and D == W
+    whole = _is_whole(q, N, D)
     for problem in range(first, last):
         batch, head = problem // heads, problem % heads
         scale, of_tokens, kept = scales[head], log_shares[problem], cosines[problem]
@@ -1052,7 +1091,7 @@ def shares_backward(
     a, inverse_sums, grad_a, grad_b = _vector(R), _vector(R), _vector(R), _vector(R)
     sums, shares, factor = _vector(R), _vector(R), _vector(R)
     x_inverse_norms, y_inverse_norms = _vector(R), _vector(R)
-    whole = N == R and D == W
+    whole = _is_whole(q, N, D)
     for problem in range(first, last):
         batch, head = problem // heads, problem % heads
         scale, of_tokens, kept = scales[head], log_shares[problem], cosines[problem]

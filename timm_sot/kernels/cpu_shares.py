@@ -7,7 +7,7 @@ from typing import Any, Optional, Tuple
 
 import torch
 
-from .cpu import flat, padded, seed_number, work
+from .cpu import flat, loop_dtype, padded, seed_number, work
 from .operands import dropout_numbers, empty_heads
 from .threads import run_in_threads
 
@@ -47,7 +47,7 @@ def shares_forward(
     from .cpu_loops import shares_forward as loops
 
     B, H, N, D = q.shape
-    out, cosines = empty_heads(q, torch.float32), empty_saved(q, iters)
+    out, cosines = empty_heads(q, loop_dtype(q)), empty_saved(q, iters)
     run_in_threads(
         loops, B * H, work(q, iters),
         H, *flat(q), *flat(k), *flat(v), *flat(out), cosines.numpy(), *_parameters(scale, log_shares),
@@ -71,7 +71,7 @@ def shares_backward(
     from .cpu_loops import shares_backward as loops
 
     B, H, N, D = q.shape
-    grads = [empty_heads(q, torch.float32) for _ in range(3)]
+    grads = [empty_heads(q, loop_dtype(q)) for _ in range(3)]
     grad_scale, grad_log_shares = scale.new_empty(B * H), log_shares.new_empty(B * H, N)
     run_in_threads(
         loops, B * H, 2 * work(q, iters),
