@@ -276,10 +276,11 @@ def test_what_attention_adds_before_training(seed):
 
 @pytest.mark.parametrize('name', ['cct_2', 'cct_7', 'cct_2_sot_q'])
 def test_sot_arguments(name):
-    model = timm.create_model(name, device='meta', attn='sot_qk', sot_reg=0.8, sot_iters=3, sot_tol=0.1)
+    model = timm.create_model(
+        name, device='meta', attn='sot_qk', sot_reg=0.8, sot_iters=3, sot_tol=0.1, sot_distance='cosine')
     for block in model.blocks:
         attn = block.attn
-        assert (attn.variant, attn.reg, attn.iters, attn.tol) == ('sot_qk', 0.8, 3, 0.1)
+        assert (attn.variant, attn.reg, attn.iters, attn.tol, attn.distance) == ('sot_qk', 0.8, 3, 0.1, 'cosine')
 
 
 def test_tokenizer_arguments():
@@ -368,6 +369,7 @@ def test_unknown_argument(name):
     (dict(sot_iters=0), r'^sot_iters=0 must be an integer of at least 1'),
     (dict(sot_tol='none'), r"^sot_tol='none' must be None"),
     (dict(sot_tol=False), r'^sot_tol=False must be None'),
+    (dict(sot_distance='l2'), r"^sot_distance='l2' is unknown; choose one of"),
     *((dict([(name, value)]), rf'^{name}={value} must be an integer of at least 1')
       for name in ('in_chans', 'embed_dim', 'depth', 'num_heads', 'kernel_size', 'n_conv_layers')
       for value in (0, -1, 2.5)),

@@ -322,10 +322,14 @@ def test_layers_that_no_arguments_make_are_not_recorded(tmp_path):
     model = make_model('cct', attn='sot_qk', sot_reg=0.3)
     apply_sot(model, 'sot_q', blocks=[0])
     assert settings(saved_and_loaded(model, tmp_path)) == [('sot_qk', 0.3, 10, None)] * 2
-    for block in model.blocks:
-        block.attn.set_variant('sot_q', distance='cosine')
-    apply_sot(model, 'sot_q', reg=0.5)
-    assert settings(saved_and_loaded(model, tmp_path)) == [('sot_qk', 0.3, 10, None)] * 2
+
+
+@needs_record
+def test_cct_is_saved_with_its_distance(tmp_path):
+    model, x = apply_sot(make_model('cct'), 'sot_qk', distance='cosine'), make_images()
+    loaded = saved_and_loaded(model, tmp_path)
+    assert [block.attn.distance for block in loaded.blocks] == ['cosine'] * 2
+    assert torch.equal(loaded(x), model(x)) and not torch.equal(model(x), apply_sot(model, 'sot_qk')(x))
 
 
 # On a model that has SOT attention
@@ -340,10 +344,12 @@ def test_changes_the_variant():
     assert torch.equal(model(x), fresh(x))
 
 
-def test_keeps_the_distance():
-    layer = SOTAttention(32, 2, variant='sot_q', distance='cosine')
-    apply_sot(layer, 'sot_qk')
+def test_distance():
+    layer = SOTAttention(32, 2, variant='sot_q')
+    apply_sot(layer, 'sot_qk', distance='cosine')
     assert layer.distance == 'cosine'
+    apply_sot(layer, 'sot_qk')
+    assert layer.distance == 'euclidean', 'what is not given gets its default'
 
 
 def test_softmax_on_a_model_without_sot():
@@ -363,6 +369,7 @@ def test_softmax_on_a_model_without_sot():
     *(('iters', value, 'must be an integer of at least 1') for value in (0, -1, 1.5)),
     *(('tol', value, 'must be None (run exactly iters iterations) or a number of at least 0') for value in (
         -1, math.nan)),
+    ('distance', 'l2', "is unknown; choose one of ('euclidean', 'cosine')"),
 ])
 def test_bad_arguments(name, value, works, patched):
     model = make_model()

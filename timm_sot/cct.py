@@ -167,6 +167,7 @@ class EncoderLayer(nn.Module):
             sot_reg: float,
             sot_iters: int,
             sot_tol: Optional[float],
+            sot_distance: str,
             context: bool = False,
             proj_drop: float = 0.,
             attn_drop: float = 0.,
@@ -185,6 +186,7 @@ class EncoderLayer(nn.Module):
             reg=sot_reg,
             iters=sot_iters,
             tol=sot_tol,
+            distance=sot_distance,
             attn_drop=attn_drop,
             proj_drop=proj_drop,
             **dd,
@@ -285,6 +287,7 @@ class CCT(nn.Module):
             sot_reg: float = 0.1,
             sot_iters: int = 10,
             sot_tol: Optional[float] = None,
+            sot_distance: str = 'euclidean',
             context: bool = False,
             dynamic_img_size: bool = False,
             drop_rate: float = 0.,
@@ -313,9 +316,10 @@ class CCT(nn.Module):
             pos_embed: Position embedding, 'learn', 'sine' (fixed, 1-D) or 'none'.
             attn: Attention variant, 'softmax' or one of :class:`timm_sot.SOTAttention`.
             sot_reg: Entropy regularization of SOT attention, for 'sot_shares' what the learned one starts from, at
-                least 0.03; unused by softmax attention, as are the next two.
+                least 0.03; unused by softmax attention, as are the next three.
             sot_iters: Number of Sinkhorn iterations of SOT attention, at least 1; 'sot_shares' takes 0, too.
             sot_tol: Early stop of the Sinkhorn iterations, None for none, see :class:`timm_sot.SOTAttention`.
+            sot_distance: Cost between tokens, 'euclidean' or 'cosine'; unused by 'sot_shares', too.
             context: Add a depthwise 3x3 convolution of the token grid to the tokens, as in CPVT, before queries, keys
                 and values are made of them, see `ContextConv`.
             dynamic_img_size: Take images of any size at run time, the position embedding being resized to each.
@@ -350,7 +354,7 @@ class CCT(nn.Module):
             raise ValueError(f'mlp_ratio={mlp_ratio!r} must be a positive finite number.')
         if embed_dim % num_heads:
             raise ValueError(f'embed_dim={embed_dim} must be a multiple of num_heads={num_heads}.')
-        check_attention(attn, sot_reg, sot_iters, sot_tol)
+        check_attention(attn, sot_reg, sot_iters, sot_tol, sot_distance)
 
         self.in_chans = in_chans
         self.num_classes = num_classes
@@ -381,6 +385,7 @@ class CCT(nn.Module):
                 sot_reg=sot_reg,
                 sot_iters=sot_iters,
                 sot_tol=sot_tol,
+                sot_distance=sot_distance,
                 context=context,
                 proj_drop=proj_drop_rate,
                 attn_drop=attn_drop_rate,
@@ -671,10 +676,10 @@ def check_img_size(img_size: Union[int, Tuple[int, int]]) -> Tuple[int, int]:
     return size
 
 
-def check_attention(attn: str, sot_reg: float, sot_iters: int, sot_tol: Optional[float]) -> None:
+def check_attention(attn: str, sot_reg: float, sot_iters: int, sot_tol: Optional[float], sot_distance: str) -> None:
     """Raise ValueError for an unknown attention or settings of it that are out of their range."""
     try:
-        check_variant(attn, sot_reg, sot_iters, sot_tol)
+        check_variant(attn, sot_reg, sot_iters, sot_tol, sot_distance)
     except ValueError as e:  # which begins with the name that the argument has in SOTAttention
         name, _, rest = str(e).partition('=')
         raise ValueError(f'{"attn" if name == "variant" else f"sot_{name}"}={rest}') from None
@@ -691,8 +696,10 @@ def attention_args(layer: Attention) -> Optional[Dict[str, Union[str, int, float
     """The arguments of CCT that make an attention layer like this one, None if there are none."""
     if type(layer) is Attention or type(layer) is SOTAttention and layer.variant == 'softmax':
         return dict(attn='softmax')
-    if type(layer) is SOTAttention and layer.distance == 'euclidean':
-        return dict(attn=layer.variant, sot_reg=layer.reg, sot_iters=layer.iters, sot_tol=layer.tol)
+    if type(layer) is SOTAttention:
+        return dict(
+            attn=layer.variant, sot_reg=layer.reg, sot_iters=layer.iters, sot_tol=layer.tol,
+            sot_distance=layer.distance)
     return None
 
 

@@ -18,13 +18,14 @@ def apply_sot(
         reg: float = 0.1,
         iters: int = 10,
         tol: Optional[float] = None,
+        distance: str = 'euclidean',
         blocks: Optional[Iterable[int]] = None,
 ) -> nn.Module:
     """Give the attention layers of a timm model Self-Optimal-Transport weights, in place.
 
     Every `timm.layers.Attention` of the model becomes a :class:`SOTAttention` with the same parameters (the very same
-    tensors), dropout rates, hooks, device, dtype and training mode. A layer that is one already changes its variant,
-    and keeps its distance. The outputs of the model change; train it afterwards. 'sot_shares' adds learned parameters
+    tensors), dropout rates, hooks, device, dtype and training mode. A layer that is one already changes its settings,
+    those that are not given to their defaults. The outputs of the model change; train it afterwards. 'sot_shares' adds learned parameters
     to its layers. Another variant removes them, 'sot_shares' again resets them: create the optimizer after this call.
     With `variant='softmax'` the layers become `timm.layers.Attention` again. A layer of a subclass of
     :class:`SOTAttention` stays of its class. Other modules, among them attention layers of other classes and subclasses
@@ -32,7 +33,7 @@ def apply_sot(
 
     Weights do not say what attention they are for. Where timm saves a model's arguments with it (`save_for_hf`,
     `push_to_hf_hub`; from 1.0.31 on), a CCT whose layers all have the same attention is saved with its `attn`,
-    `sot_reg`, `sot_iters` and `sot_tol`. Any other model is loaded with its former attention: call `apply_sot`
+    `sot_reg`, `sot_iters`, `sot_tol` and `sot_distance`. Any other model is loaded with its former attention: call `apply_sot`
     again, for 'sot_shares', which has parameters of its own, on a model without weights, and load them afterwards with
     `load_state_dict`. Where a ViT is to have one attention throughout, `timm.create_model(..., attn_layer='sot_qk')`
     needs none of this.
@@ -43,6 +44,7 @@ def apply_sot(
         reg: Entropy regularization, for 'sot_shares' what the learned one starts from, see :class:`SOTAttention`.
         iters: Number of Sinkhorn iterations, at least 1; 'sot_shares' takes 0, too.
         tol: None runs exactly `iters` iterations, a number stops early, see :class:`SOTAttention`.
+        distance: Cost between tokens, 'euclidean' or 'cosine', see :class:`SOTAttention`.
         blocks: Which attention layers to change, counted in the order of `model.named_modules()` (in a ViT the block
             numbers); negative numbers count from the end. None is all of them.
 
@@ -78,14 +80,13 @@ def apply_sot(
             raise ValueError(
                 f'attention layer {index} is a {type(layer).__qualname__}, which makes attention weights of its own '
                 f'and has no variants; leave it out by naming others in blocks.')
-    check_variant(variant, reg, iters, tol)  # before the first layer is touched
+    check_variant(variant, reg, iters, tol, distance)  # before the first layer is touched
 
     for layer in selected:
         if variant == 'softmax' and type(layer) is SOTAttention:
             layer.clear_variant()
             layer.__class__ = Attention
         elif variant != 'softmax' or isinstance(layer, SOTAttention):
-            distance = getattr(layer, 'distance', 'euclidean')
             if type(layer) is Attention:
                 layer.__class__ = SOTAttention
             layer.set_variant(variant, reg=reg, iters=iters, tol=tol, distance=distance)
