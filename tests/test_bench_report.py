@@ -79,7 +79,7 @@ def test_a_busy_machine_is_mentioned():
 
 def test_table_of_a_fake_cuda_run():
     core = ('core', 'x', TRAIN)
-    lines = reports.format_tables(fake_report(
+    lines = reports.format_report(fake_report(
         fake_row(*core, 'sdpa', 'sdpa', call=2., graph=1.), fake_row(*core, 'sot_qk', 'sdpa', call=3., graph=1.25),
         fake_row(*core, 'softmax', 'sdpa', call=4., graph_error='RuntimeError: no'),
         fake_row(*core, 'original', 'sdpa', skipped='about 9 s a call'))).splitlines()[2:]

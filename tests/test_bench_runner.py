@@ -8,7 +8,7 @@ import torch
 from timm_sot import cli
 from timm_sot.bench import contenders, memory, runner
 from timm_sot.bench.contenders import FORWARD, TRAIN
-from timm_sot.bench.report import format_tables, load_reports, write_report
+from timm_sot.bench.report import format_report, load_reports, save_report
 from timm_sot.bench.timing import ROUNDS
 
 CPU = torch.device('cpu')
@@ -31,7 +31,7 @@ def report(tiny):
 
 def test_report(report, tmp_path):
     path = tmp_path / 'report.json'
-    write_report(report, str(path))
+    save_report(report, str(path))
     assert json.loads(path.read_text()) == report == load_reports([str(path)])[0]
     assert [*tmp_path.iterdir()] == [path]
 
@@ -59,7 +59,7 @@ def test_report(report, tmp_path):
     assert ('step', 'batch 2 float32', 'training step', 'cct_2_sot_qkt') in timed
 
     path, = {row['path'] for row in report['rows'] if row['contender'] == 'sot_qk' and row['section'] == 'core'}
-    printed = format_tables(report)
+    printed = format_report(report)
     assert f'sot_qk [{path}]' in printed
     for text in ('core 2x1x64x64 float32', 'original tol=0.1', 'cct_2_sot_q_nosoftmax', 'needs CUDA'):
         assert text in printed

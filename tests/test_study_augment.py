@@ -1,6 +1,5 @@
 """ Augmented epochs """
 import multiprocessing
-import os
 import threading
 import time
 from types import SimpleNamespace
@@ -161,30 +160,6 @@ def test_room_for_epochs(monkeypatch):
     for gigabytes, room in ((4, 6), (16, 27), (512, 55), (0, 0)):
         monkeypatch.setattr(module, 'free_memory', lambda: gigabytes * 2. ** 30)
         assert room_for_epochs(train) == room
-
-
-@pytest.mark.parametrize('files, gigabytes', [
-    ({}, 16.),
-    ({'/proc/meminfo': 'MemTotal: 1 kB\nMemFree: 5 kB\nMemAvailable:    3145728 kB\n'}, 3.),
-    ({'/proc/meminfo': 'MemTotal: 1 kB\nMemFree: 5 kB\n'}, 16.),
-    ({'/sys/fs/cgroup/memory.max': 'max\n', '/sys/fs/cgroup/memory.current': '1\n'}, 16.),
-    ({'/sys/fs/cgroup/memory.max': f'{5 << 30}\n', '/sys/fs/cgroup/memory.current': f'{3 << 30}\n'}, 2.),
-    ({'/sys/fs/cgroup/memory.max': f'{5 << 30}\n', '/sys/fs/cgroup/memory.current': f'{3 << 30}\n',
-      '/sys/fs/cgroup/memory.stat': f'anon 5\ninactive_file {1 << 30}\nactive_file 7\n'}, 3.),
-    ({'/sys/fs/cgroup/memory.max': '1\n', '/sys/fs/cgroup/memory.current': '3\n'}, 0.),
-])
-def test_free_memory(monkeypatch, files, gigabytes):
-    def read_text(path):
-        if str(path) not in files:
-            raise FileNotFoundError(path)
-        return files[str(path)]
-
-    monkeypatch.setattr(module.Path, 'read_text', read_text)
-    monkeypatch.setattr(os, 'sysconf', {'SC_PAGE_SIZE': 4096, 'SC_PHYS_PAGES': 16 << 18}.get)
-    assert module.free_memory() == gigabytes * 2 ** 30
-    if not files:
-        monkeypatch.delattr(os, 'sysconf')
-        assert module.free_memory() == float('inf')
 
 
 def test_unaugmented_epoch_is_a_permutation():

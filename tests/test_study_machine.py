@@ -1,6 +1,7 @@
-""" What the lines of runs say of where they ran """
+""" What the lines of runs say of where they ran, and the memory that is left """
 import builtins
 import io
+import os
 import platform
 import subprocess
 
@@ -74,3 +75,27 @@ def test_commit(tmp_path, monkeypatch):
     assert len(first) == 12 and not first.endswith('+')
     (tmp_path / '__init__.py').write_text('changed')
     assert commit() == first + '+'
+
+
+@pytest.mark.parametrize('files, gigabytes', [
+    ({}, 16.),
+    ({'/proc/meminfo': 'MemTotal: 1 kB\nMemFree: 5 kB\nMemAvailable:    3145728 kB\n'}, 3.),
+    ({'/proc/meminfo': 'MemTotal: 1 kB\nMemFree: 5 kB\n'}, 16.),
+    ({'/sys/fs/cgroup/memory.max': 'max\n', '/sys/fs/cgroup/memory.current': '1\n'}, 16.),
+    ({'/sys/fs/cgroup/memory.max': f'{5 << 30}\n', '/sys/fs/cgroup/memory.current': f'{3 << 30}\n'}, 2.),
+    ({'/sys/fs/cgroup/memory.max': f'{5 << 30}\n', '/sys/fs/cgroup/memory.current': f'{3 << 30}\n',
+      '/sys/fs/cgroup/memory.stat': f'anon 5\ninactive_file {1 << 30}\nactive_file 7\n'}, 3.),
+    ({'/sys/fs/cgroup/memory.max': '1\n', '/sys/fs/cgroup/memory.current': '3\n'}, 0.),
+])
+def test_free_memory(monkeypatch, files, gigabytes):
+    def read_text(path):
+        if str(path) not in files:
+            raise FileNotFoundError(path)
+        return files[str(path)]
+
+    monkeypatch.setattr(machine.Path, 'read_text', read_text)
+    monkeypatch.setattr(os, 'sysconf', {'SC_PAGE_SIZE': 4096, 'SC_PHYS_PAGES': 16 << 18}.get)
+    assert machine.free_memory() == gigabytes * 2 ** 30
+    if not files:
+        monkeypatch.delattr(os, 'sysconf')
+        assert machine.free_memory() == float('inf')

@@ -214,7 +214,7 @@ def test_another_device_is_not_mixed_in_without_a_word(folder, tmp_path, monkeyp
     monkeypatch.setattr(machine, 'device_name', lambda device, precision: 'B')
     with pytest.warns(UserWarning, match='those to come are of B: the report does not compare them'):
         results = run(folder, tmp_path)
-    lines = runner.format_table(results).splitlines()
+    lines = runner.format_results(results).splitlines()
     rows = [re.split(' {2,}', line)[:2] for line in lines[1:3]]
     assert rows == [[f'cct_2 on {results[0]["device"]}', '1'], ['cct_2_sot_q sot_iters=2 on B', '1']]
 
@@ -230,7 +230,7 @@ def test_a_run_that_diverges(folder, tmp_path):
     recipe = replace(RECIPE, lr=1e30)
     with pytest.warns(UserWarning, match='cct_2 seed 5 diverged, its loss is nan'):
         results = run(folder, tmp_path, rows=ROWS[:1], seeds=(5, 6), recipe=recipe)
-    assert '±nan' in runner.format_table(results)
+    assert '±nan' in runner.format_results(results)
     again = run(folder, tmp_path, rows=ROWS[:1], seeds=(5, 6), recipe=recipe)
     assert [result['seconds'] for result in again] == [result['seconds'] for result in results]  # it is finished
 
@@ -429,7 +429,7 @@ def test_table():
             model, {'sot_reg': 0.5}, seed, 2, final + 1, final, [final + 1, final], [1., 0.5], 12.34, 'cpu, float32',
             {}, '', 'tiny 24+8 sha256:0']))
 
-    table = runner.format_table([result('a', 0, 70.), result('b', 0, 80.), result('a', 1, 72.)])
+    table = runner.format_results([result('a', 0, 70.), result('b', 0, 80.), result('a', 1, 72.)])
     lines = table.splitlines()
     assert lines[0].split() == ['model', 'n', 'top-1', 'best', 'loss', 'seconds']
     assert lines[1].split() == 'a sot_reg=0.5 2 71.00 ±1.41 72.00 ±1.41 0.5000 ±0.0000 12.3'.split()

@@ -186,7 +186,7 @@ def _study(args: argparse.Namespace) -> int:
 
     from .study.engine import Recipe
     from .study.presets import PRESETS, Study
-    from .study.runner import RunsFailed, format_table, resolve_device, run_study
+    from .study.runner import RunsFailed, format_results, resolve_device, run_study
     from .study.store import row_name
 
     rows, seeds, settings = PRESETS[args.preset]
@@ -241,7 +241,7 @@ def _study(args: argparse.Namespace) -> int:
     except RunsFailed as e:
         results, failure = e.results, e
     if results:
-        print(format_table(results))
+        print(format_results(results))
     if failure:
         raise failure
     return 0
@@ -440,7 +440,7 @@ def _bench(args: argparse.Namespace) -> int:
 
     import torch
 
-    from .bench.report import bar_table, format_tables, load_reports, write_report
+    from .bench.report import bar_table, format_report, load_reports, save_report
     from .bench.runner import run_bench
     from .study.runner import resolve_device
 
@@ -454,8 +454,8 @@ def _bench(args: argparse.Namespace) -> int:
         torch.set_num_threads(args.threads)
     report = run_bench(
         device, getattr(torch, args.dtype) if args.dtype else None, args.quick, args.only,
-        on_progress=lambda report: write_report(report, args.json) if args.json else None)
-    print(format_tables(report), bar_table([report]), sep='\n\n')
+        on_progress=lambda report: save_report(report, args.json) if args.json else None)
+    print(format_report(report), bar_table([report]), sep='\n\n')
     return 0
 
 

@@ -7,10 +7,10 @@ from ..errors import UserError, one_line
 from .contenders import BATCH, TRAIN
 from .timing import quartiles
 
-__all__ = ['bar_rows', 'bar_table', 'format_tables', 'load_reports', 'write_report']
+__all__ = ['bar_rows', 'bar_table', 'format_report', 'load_reports', 'save_report']
 
 
-def write_report(report: Dict[str, Any], path: str) -> None:
+def save_report(report: Dict[str, Any], path: str) -> None:
     """Write the report as JSON, leaving an older file in place until it is complete."""
     with open(f'{path}.part', 'w') as f:
         json.dump(report, f, indent=1)
@@ -18,7 +18,7 @@ def write_report(report: Dict[str, Any], path: str) -> None:
 
 
 def load_reports(paths: Sequence[str]) -> List[Dict[str, Any]]:
-    """Read what `write_report` wrote."""
+    """Read what `save_report` wrote."""
     reports = []
     for path in paths:
         try:
@@ -165,7 +165,7 @@ def describe(report: Dict[str, Any]) -> str:
 
 # Tables
 
-def format_tables(report: Dict[str, Any]) -> str:
+def format_report(report: Dict[str, Any]) -> str:
     """Times with their ratios, and memory."""
     lines = ['Milliseconds: median (first to third quartile) of n interleaved rounds; ratio: median over rounds.', '']
     for section, case in dict.fromkeys((row['section'], row['case']) for row in report['rows']):

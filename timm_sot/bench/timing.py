@@ -15,7 +15,7 @@ from typing import Any, Callable, Dict, List, NamedTuple, Sequence, Tuple
 import torch
 
 from ..errors import one_line
-from ..study import augment
+from ..study import machine
 from .contenders import Contender, Group
 
 __all__ = ['QUICK_ROUNDS', 'ROUNDS', 'TIME_LIMIT', 'quartiles', 'release', 'time_group']
@@ -154,7 +154,7 @@ def reason_to_skip(
 
 def free_memory(device: torch.device) -> float:
     """Bytes of memory that may still be taken."""
-    return torch.cuda.mem_get_info(device)[0] if device.type == 'cuda' else augment.free_memory()
+    return torch.cuda.mem_get_info(device)[0] if device.type == 'cuda' else machine.free_memory()
 
 
 def release(device: torch.device) -> None:

@@ -3,15 +3,9 @@
 An epoch is made once, in the order in which it will be trained on, and serves every model of its seed. Worker processes
 make it ahead of need, in chunks; what a chunk holds depends on seed, epoch and its place alone.
 """
-import math
-import os
-import re
-import shutil
 import threading
 from concurrent.futures import CancelledError, ThreadPoolExecutor
-from contextlib import suppress
 from functools import lru_cache, partial
-from pathlib import Path
 from typing import Dict, Iterator, Optional, Sequence
 
 import numpy as np
@@ -22,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import AutoAugment, AutoAugmentPolicy
 
 from .data import Images
+from .machine import free_memory, shared_memory
 
 __all__ = ['AUGMENTATIONS', 'augment', 'epoch_seed', 'make_epochs', 'room_for_epochs']
 
@@ -171,28 +166,3 @@ def make_epochs(
 def room_for_epochs(train: Images) -> int:
     """How many epochs to keep in memory: what fits into a quarter of what is free of it, and into 8 GiB."""
     return int(min(8 << 30, free_memory() / 4)) // max(1, train.images.nbytes)
-
-
-def free_memory() -> float:
-    """Bytes of memory that this process may still take, as far as the system tells."""
-    free = math.inf
-    with suppress(AttributeError, ValueError, OSError):
-        free = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
-    with suppress(OSError, TypeError):  # no such file, or no such line in it
-        text = Path('/proc/meminfo').read_text()
-        free = 1024 * int(re.search(r'^MemAvailable: +(\d+) kB', text, re.M)[1])
-    with suppress(OSError, ValueError):  # of a container, where it has a limit
-        limit, used = (int(Path('/sys/fs/cgroup', f'memory.{name}').read_text()) for name in ('max', 'current'))
-        with suppress(OSError, TypeError):  # files that were read count as used, and are given up when need be
-            text = Path('/sys/fs/cgroup/memory.stat').read_text()
-            used -= int(re.search(r'^inactive_file (\d+)', text, re.M)[1])
-        free = min(free, limit - used)
-    return max(0., free)
-
-
-def shared_memory() -> float:
-    """Bytes free for what processes hand to each other; containers may have little."""
-    try:
-        return shutil.disk_usage('/dev/shm').free
-    except OSError:
-        return math.inf

@@ -1,7 +1,12 @@
-""" What numbers were got on: device, processor, versions, commit """
+""" The machine: what numbers were got on (device, processor, versions, commit), and what memory it has left """
+import math
 import os
 import platform
+import re
+import shutil
 import subprocess
+from contextlib import suppress
+from pathlib import Path
 from typing import Any, Dict, Sequence
 
 import timm
@@ -9,7 +14,8 @@ import torch
 
 from .. import __version__
 
-__all__ = ['about', 'commit', 'device_name', 'joined', 'processor_name', 'versions']
+__all__ = [
+    'about', 'commit', 'device_name', 'free_memory', 'joined', 'processor_name', 'shared_memory', 'versions']
 
 
 def about(device: torch.device, precision: str) -> Dict[str, Any]:
@@ -70,3 +76,28 @@ def commit() -> str:
     except (OSError, subprocess.CalledProcessError):
         return ''
     return described.stdout.strip()
+
+
+def free_memory() -> float:
+    """Bytes of memory that this process may still take, as far as the system tells."""
+    free = math.inf
+    with suppress(AttributeError, ValueError, OSError):
+        free = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
+    with suppress(OSError, TypeError):  # no such file, or no such line in it
+        text = Path('/proc/meminfo').read_text()
+        free = 1024 * int(re.search(r'^MemAvailable: +(\d+) kB', text, re.M)[1])
+    with suppress(OSError, ValueError):  # of a container, where it has a limit
+        limit, used = (int(Path('/sys/fs/cgroup', f'memory.{name}').read_text()) for name in ('max', 'current'))
+        with suppress(OSError, TypeError):  # files that were read count as used, and are given up when need be
+            text = Path('/sys/fs/cgroup/memory.stat').read_text()
+            used -= int(re.search(r'^inactive_file (\d+)', text, re.M)[1])
+        free = min(free, limit - used)
+    return max(0., free)
+
+
+def shared_memory() -> float:
+    """Bytes free for what processes hand to each other; containers may have little."""
+    try:
+        return shutil.disk_usage('/dev/shm').free
+    except OSError:
+        return math.inf

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from .cluster import Cluster
 
 __all__ = [
-    'RunsFailed', 'Session', 'Setting', 'build_model', 'format_table', 'input_size', 'resolve_device', 'run_study']
+    'RunsFailed', 'Session', 'Setting', 'build_model', 'format_results', 'input_size', 'resolve_device', 'run_study']
 
 TIME_LIMIT = 'time limit: stopped after a finished epoch, the same command continues'
 
@@ -411,7 +411,7 @@ def warn_of_other_places(results: Iterable[Dict[str, Any]], about: Dict[str, Any
                           f'report compares them and lists the versions.')
 
 
-def format_table(results: Sequence[Dict[str, Any]]) -> str:
+def format_results(results: Sequence[Dict[str, Any]]) -> str:
     """The results as a table, a line for each row and device, with what they were got on under it."""
     devices = sorted({result['device'] for result in results})
     rows: Dict[str, List[Dict[str, Any]]] = {}
