@@ -26,6 +26,7 @@ from timm_sot.study import figures, report
 from timm_sot.study.presets import PRESETS
 from timm_sot.study.statistics import paired
 
+
 @pytest.fixture
 def drawn():
     """Figures are drawn, not just made."""
@@ -303,24 +304,6 @@ def test_attention(tmp_path):
     assert swept == ['`cct_2_sot_qk sot_reg=0.1 sot_tol=0.1`', '`cct_2_sot_qk sot_reg=1 sot_tol=0.1`']  # its ends
     assert '- the attention of 16 runs\n' in text
     assert 'The attention' not in written(write(tmp_path, BASELINE))
-
-
-@pytest.mark.parametrize('value, text', [(1., '< 1e-8'), (0.999959258, '4.1e-05'), (0.7, '0.3'), (float('nan'), 'nan')])
-def test_entropy_format(value, text):
-    assert report.format_gap(value) == text
-
-
-def test_numbers_format():
-    assert [report.signed(value) for value in (1.234, -1.234, 0.004, -0.004)] == ['+1.23', '−1.23', '0.00', '0.00']
-    assert [report.format_p(p) for p in (None, 0.0004, 0.0496, 1.)] == ['–', '< 0.001', '0.0496', '1']
-
-
-def test_shortened_rows():
-    rows = ['base', 'a size=[4, 8] x=1', 'b size=[2, 8] x=1']
-    assert report.shorten(rows, 'base') == (
-        {'base': 'base', rows[1]: 'a size=[4, 8]', rows[2]: 'b size=[2, 8]'}, ' All rows but `base` with `x=1`.')
-    for kept in (['base', 'a x=1'], ['base', 'base x=1', 'a x=1'], ['base', 'a x=1', 'a x=2']):
-        assert report.shorten(kept, 'base') == ({row: row for row in kept}, '')
 
 
 def test_figures_are_those_that_the_report_shows(tmp_path, drawn):
