@@ -18,7 +18,7 @@ def start(arguments, **options):
 def kill_after_an_epoch(arguments, checkpoint):
     """Run `timm-sot study` and end it by SIGKILL once it has kept an epoch, before it has finished a run."""
     process = start(arguments, stderr=subprocess.DEVNULL)
-    for _ in range(3000):
+    for _ in range(15000):  # five minutes: where other processes have the cores, one to start takes a while
         if checkpoint.exists() or process.poll() is not None:
             break
         time.sleep(0.02)
