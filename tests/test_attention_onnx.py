@@ -12,7 +12,8 @@ onnxruntime = pytest.importorskip('onnxruntime')
 
 @pytest.mark.filterwarnings('ignore')
 @pytest.mark.parametrize('dynamo', [True, False])  # the exporters that timm's onnx_export.py has
-@pytest.mark.parametrize('how', ['default', 'exportable', 'fused_attn'])
+@pytest.mark.parametrize('how', [
+    'default', *(pytest.param(how, marks=pytest.mark.slow) for how in ('exportable', 'fused_attn'))])
 def test_cct_2_sot_qk(tmp_path, how, dynamo):
     torch.manual_seed(0)
     if how == 'exportable':

@@ -915,7 +915,8 @@ def test_group_matcher():
 # Every registered model, in all the ways that timm and torch run a model
 
 
-@pytest.fixture(params=NAMES)
+@pytest.fixture(params=[
+    pytest.param(name, marks=pytest.mark.slow) if name in ('cct_6', 'cct_7', 'cct_14') else name for name in NAMES])
 def name(request):
     return request.param
 
@@ -962,6 +963,7 @@ def test_compile_inductor():
     assert_same_gradients({k: p.grad for k, p in model.named_parameters()}, grads, 1e-4)
 
 
+@pytest.mark.slow
 def test_compile_dynamic_img_size():
     model = create('cct_2_sot_qk', dynamic_img_size=True)
     torch._dynamo.reset()

@@ -122,7 +122,8 @@ def text(answer):
 # ---- what works
 
 
-@pytest.mark.parametrize('name', MODELS)
+@pytest.mark.parametrize('name', [
+    pytest.param(name, marks=[] if name == NAME else pytest.mark.slow) for name in MODELS])
 def test_hub_folder_and_package_agree_bit_for_bit(hub, cache, name):
     hub.put(f'USER/{name}', model_files(name))
     from_hub = hub.load(f'USER/{name}', cache)

@@ -10,6 +10,8 @@ import pytest
 from timm_sot.kernels.fused import STRIPS_BYTES
 
 pytest.importorskip('triton')
+pytestmark = pytest.mark.slow
+
 SHARED_MEMORY = 227 * 1024  # of one program on Hopper
 
 

@@ -6,7 +6,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import reference
-from kernels import BARS, CPU, ONCHIP, STREAMED, degenerate, device_of
+from kernels import BARS, CPU, ONCHIP, SLOW, STREAMED, degenerate, device_of
 from shares import NAMES, assert_close, expected, inputs, parameters, run
 from timm_sot.attention import MIN_REG
 from timm_sot.kernels.shares import fused_shares_attention, shares_attention, shares_attention_backward
@@ -134,7 +134,7 @@ def test_repeats(path):
 
 @pytest.mark.parametrize('dtype', BARS)
 @pytest.mark.parametrize('p', [0., 0.2])
-@ON_QUICK
+@pytest.mark.parametrize('path', [CPU, pytest.param(*ONCHIP.values, marks=[*ONCHIP.marks, *SLOW])])
 def test_opcheck(path, dtype, p):
     q, k, v, log_reg, share, grad = inputs(path, 2, 2, 17, 16, dtype)
     scale, shares = parameters(k, log_reg, share)
