@@ -7,9 +7,11 @@ import pytest
 import timm
 import torch
 from safetensors.torch import save_file
+from study_lines import make_line, write
 
 import timm_sot
 from timm_sot.cli import main
+from timm_sot.study.store import Run
 
 
 def test_study(folder, tmp_path, capsys):
@@ -268,6 +270,18 @@ def test_attention_of_checkpoints(drawn, tmp_path):
     assert list(drawn['models']) == ['cct_2 (a.safetensors)', 'cct_2 (b.pth.tar)']
     for model, state in zip(drawn['models'].values(), states):
         assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+
+def test_attention_of_a_checkpoint_of_a_study(drawn, tmp_path, capsys):
+    kwargs = dict(sot_reg=1., sot_tol=0.1)
+    write(tmp_path, [make_line('cct_2_sot_qk', kwargs, 0, 70.)])
+    file = f'{Run("cct_2_sot_qk", kwargs, 0, 30).name}.safetensors'
+    save_file(timm.create_model('cct_2_sot_qk').state_dict(), tmp_path / file)
+    assert main(['attention', 'compare', '--models', 'cct_2_sot_qk', '--checkpoint', file]) == 0
+    model, = drawn['models'].values()
+    assert (model.blocks[0].attn.reg, model.blocks[0].attn.tol) == (1., 0.1)
+    assert main(['attention', 'compare', '--models', 'cct_2_sot_q', '--checkpoint', file]) == 2
+    assert f'{file} is of cct_2_sot_qk, as the study says that wrote it, not of cct_2_sot_q' in capsys.readouterr().err
 
 
 def test_attention_of_a_folder_of_weights(drawn, tmp_path):

@@ -11,11 +11,11 @@ import torch
 from timm_sot.kernels import threads
 from timm_sot.kernels.threads import LEAST_WORK, run_in_threads
 
-HAS_OPENMP = threads._openmp() is not None
+HAS_OPENMP = sys.platform == 'linux' and torch.backends.openmp.is_available()
 
 
 @pytest.fixture(params=[
-    pytest.param('openmp', marks=pytest.mark.skipif(not HAS_OPENMP, reason='needs a torch with OpenMP')), 'python'])
+    pytest.param('openmp', marks=pytest.mark.skipif(not HAS_OPENMP, reason='needs OpenMP on Linux')), 'python'])
 def four_threads(request, monkeypatch):
     if request.param == 'python':
         monkeypatch.setattr(threads, '_openmp', lambda: None)

@@ -5,10 +5,7 @@ import timm
 import torch
 from PIL import Image
 from safetensors.torch import save_file
-from study_lines import make_line, write
 
-from timm_sot.errors import UserError
-from timm_sot.study.store import Run
 from timm_sot.viz.inputs import digits, find_images, load_models, model_input, shown_pixels, token_grid
 
 
@@ -73,15 +70,12 @@ def test_find_images(tmp_path):
     assert find_images(str(tmp_path / 'b/2.png')) == [('b/2.png', str(tmp_path / 'b/2.png'))]
 
 
-def test_checkpoint_of_a_study(tmp_path):
-    """The model is made as the study made it, unless arguments say otherwise."""
-    kwargs = dict(sot_reg=1., sot_tol=0.1)
-    write(tmp_path, [make_line('cct_2_sot_qk', kwargs, 0, 70.)])
-    weights = tmp_path / f'{Run("cct_2_sot_qk", kwargs, 0, 30).name}.safetensors'
+def test_recorded_arguments(tmp_path):
+    """The model is made as it was trained, unless arguments say otherwise."""
+    weights = tmp_path / 'weights.safetensors'
     save_file(timm.create_model('cct_2_sot_qk').state_dict(), weights)
-    model, = load_models(['cct_2_sot_qk'], [str(weights)]).values()
+    recorded = [dict(sot_reg=1., sot_tol=0.1)]
+    model, = load_models(['cct_2_sot_qk'], [str(weights)], recorded_kwargs=recorded).values()
     assert (model.blocks[0].attn.reg, model.blocks[0].attn.tol) == (1., 0.1)
-    model, = load_models(['cct_2_sot_qk'], [str(weights)], model_kwargs=dict(sot_reg=0.5)).values()
+    model, = load_models(['cct_2_sot_qk'], [str(weights)], False, dict(sot_reg=0.5), 0, recorded).values()
     assert (model.blocks[0].attn.reg, model.blocks[0].attn.tol) == (0.5, 0.1)
-    with pytest.raises(UserError, match='is of cct_2_sot_qk, as the study says that wrote it, not of cct_2_sot_q'):
-        load_models(['cct_2_sot_q'], [str(weights)])

@@ -3,7 +3,7 @@ import argparse
 import json
 import sys
 from functools import partial
-from typing import List, Optional
+from typing import Any, Dict, List, Optional
 
 from . import __version__
 from .errors import UserError, first_line, missing_extra
@@ -355,7 +355,8 @@ def _attention(args: argparse.Namespace) -> int:
 
     if args.checkpoint and args.untrained:
         raise UserError('--checkpoint names the weights, and --untrained asks for none; leave one of them out.')
-    models = load_models(args.models, args.checkpoint, args.untrained, args.model_kwargs, args.seed)
+    recorded = [_recorded_kwargs(name, checkpoint) for name, checkpoint in zip(args.models, args.checkpoint)]
+    models = load_models(args.models, args.checkpoint, args.untrained, args.model_kwargs, args.seed, recorded)
     names, images = zip(*_images(args))
     options = {
         name: value for name, value in vars(args).items()
@@ -372,6 +373,19 @@ def _attention(args: argparse.Namespace) -> int:
         raise UserError(first_line(e)) from e
     print(args.out)
     return 0
+
+
+def _recorded_kwargs(name: str, checkpoint: str) -> Dict[str, Any]:
+    """The arguments with which a study trained the model of a checkpoint, none where no study wrote it."""
+    from .study.store import find_result
+
+    found = find_result(checkpoint)
+    if found is None:
+        return {}
+    result, _, _ = found
+    if result['model'] != name:
+        raise UserError(f'{checkpoint} is of {result["model"]}, as the study says that wrote it, not of {name}.')
+    return result['kwargs']
 
 
 def _images(args):

@@ -25,18 +25,18 @@ def apply_sot(
 
     Every `timm.layers.Attention` of the model becomes a :class:`SOTAttention` with the same parameters (the very same
     tensors), dropout rates, hooks, device, dtype and training mode. A layer that is one already changes its settings,
-    those that are not given to their defaults. The outputs of the model change; train it afterwards. 'sot_shares' adds learned parameters
-    to its layers. Another variant removes them, 'sot_shares' again resets them: create the optimizer after this call.
-    With `variant='softmax'` the layers become `timm.layers.Attention` again. A layer of a subclass of
+    those that are not given to their defaults. The outputs of the model change; train it afterwards. 'sot_shares' adds
+    learned parameters to its layers. Another variant removes them, 'sot_shares' again resets them: create the optimizer
+    after this call. With `variant='softmax'` the layers become `timm.layers.Attention` again. A layer of a subclass of
     :class:`SOTAttention` stays of its class. Other modules, among them attention layers of other classes and subclasses
     of `timm.layers.Attention` with a forward of their own, are left alone.
 
     Weights do not say what attention they are for. Where timm saves a model's arguments with it (`save_for_hf`,
     `push_to_hf_hub`; from 1.0.31 on), a CCT whose layers all have the same attention is saved with its `attn`,
-    `sot_reg`, `sot_iters`, `sot_tol` and `sot_distance`. Any other model is loaded with its former attention: call `apply_sot`
-    again, for 'sot_shares', which has parameters of its own, on a model without weights, and load them afterwards with
-    `load_state_dict`. Where a ViT is to have one attention throughout, `timm.create_model(..., attn_layer='sot_qk')`
-    needs none of this.
+    `sot_reg`, `sot_iters`, `sot_tol` and `sot_distance`. Any other model is loaded with its former attention: call
+    `apply_sot` again, for 'sot_shares', which has parameters of its own, on a model without weights, and load them
+    afterwards with `load_state_dict`. Where a ViT is to have one attention throughout, `timm.create_model(...,
+    attn_layer='sot_qk')` needs none of this.
 
     Args:
         model: Model with `timm.layers.Attention` layers: ViT, DeiT, CCT and others.

@@ -38,8 +38,8 @@ def loops_work() -> bool:
 def _openmp() -> Optional[Callable[..., None]]:
     """`GOMP_parallel(function, argument, threads, flags)` of the OpenMP runtime that torch runs on, if it has one.
 
-    GNU's runtime has this entry, which compilers make of `#pragma omp parallel`, and so have Intel's and LLVM's on
-    Linux.
+    It is what GNU's compilers make of `#pragma omp parallel`, and so in their runtime and in those that stand in for
+    it.
     """
     if not torch.backends.openmp.is_available():
         return None
@@ -56,9 +56,8 @@ def run_in_threads(loops: Callable[..., None], problems: int, work: int, *args: 
     """Call loops(first, last, *args) for parts of the problems, in up to as many threads as torch uses.
 
     They are torch's own threads where these are OpenMP's, which wait for the next operation in a busy loop: others
-    would have to share the cores with them (on two cores of an Intel Xeon, the loops took 1.7 times as long after an
-    operation of torch). Not numba's threads: those abort the process when two threads of Python arrive at once, or
-    after a fork.
+    would have to share the cores with them. Not numba's threads: those abort the process when two threads of Python
+    arrive at once, or after a fork.
 
     Args:
         loops: A compiled function that lets other threads run.

@@ -1,5 +1,6 @@
 """ Models and images for the figures, from what a user can name """
 import os
+from itertools import repeat
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import timm
@@ -11,7 +12,6 @@ from torch import nn
 
 from ..errors import UserError, first_line, one_line, unknown_model
 from ..patch import attention_layers
-from ..study.store import find_result
 
 __all__ = ['digits', 'find_images', 'load_image', 'load_models', 'model_input', 'shown_pixels', 'token_grid']
 
@@ -22,16 +22,18 @@ def load_models(
         untrained: bool = False,
         model_kwargs: Optional[Dict[str, Any]] = None,
         seed: int = 0,
+        recorded_kwargs: Sequence[Dict[str, Any]] = (),
 ) -> Dict[str, nn.Module]:
     """Create models for figures.
 
     Args:
         names: timm models, or folders (`local-dir:DIR`) or Hub repositories (`hf-hub:OWNER/NAME`) that hold one.
-        checkpoints: Files of their weights, one for each or none, converted as timm converts pretrained ones; those of
-            a study, where it wrote them, bring the arguments of their model.
+        checkpoints: Files of their weights, one for each or none, converted as timm converts pretrained ones.
         untrained: Without checkpoints, take random weights also where there are pretrained ones.
-        model_kwargs: Arguments of all models, before those of a study.
+        model_kwargs: Arguments of all models.
         seed: Of random weights.
+        recorded_kwargs: What is known of the arguments of each model in its training, one for each checkpoint or none;
+            `model_kwargs` go before them.
 
     Returns:
         The models in evaluation mode, by what a figure calls them: their names, with what is not evident from those.
@@ -42,9 +44,9 @@ def load_models(
     if checkpoints and len(checkpoints) != len(names):
         raise UserError(f'a checkpoint is needed for each model, got {len(checkpoints)} for {len(names)} models.')
     models = {}
-    for name, checkpoint in zip(names, checkpoints or [''] * len(names)):
+    for name, checkpoint, recorded in zip(names, checkpoints or [''] * len(names), recorded_kwargs or repeat({})):
         torch.manual_seed(seed)
-        model, trained = load_model(name, checkpoint, untrained, model_kwargs or {})
+        model, trained = load_model(name, checkpoint, untrained, {**recorded, **(model_kwargs or {})})
         # the figures themselves say the settings of SOT attention
         notes = [f'{key}={value}' for key, value in (model_kwargs or {}).items() if not key.startswith('sot_')]
         if names.count(name) > 1 and checkpoint:
@@ -67,13 +69,6 @@ def load_model(name: str, checkpoint: str, untrained: bool, model_kwargs: Dict[s
         raise unknown_model(name)
     if checkpoint and not os.path.isfile(checkpoint):
         raise UserError(f'there is no checkpoint {checkpoint}.')
-
-    found = find_result(checkpoint) if checkpoint else None
-    if found is not None:
-        result, _, _ = found
-        if result['model'] != name:
-            raise UserError(f'{checkpoint} is of {result["model"]}, as the study says that wrote it, not of {name}.')
-        model_kwargs = {**result['kwargs'], **model_kwargs}
 
     overlay = dict(pretrained_cfg_overlay=dict(file=checkpoint)) if checkpoint else {}
     default = bool(place) or timm.models.is_model_pretrained(name)
