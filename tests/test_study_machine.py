@@ -4,6 +4,7 @@ import io
 import os
 import platform
 import subprocess
+import sys
 
 import pytest
 import timm
@@ -99,3 +100,35 @@ def test_free_memory(monkeypatch, files, gigabytes):
     if not files:
         monkeypatch.delattr(os, 'sysconf')
         assert machine.free_memory() == float('inf')
+
+
+PAGES_A_STEP = """
+import resource
+import torch
+from timm_sot.study.machine import keep_memory
+
+def step():
+    tensors = [torch.empty(20 << 20, dtype=torch.uint8).fill_(1) for _ in range(4)]
+
+{call}
+for i in range(8):
+    if i == 3:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    step()
+print((resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) / 5)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != 'glibc', reason='memory of glibc')
+def test_memory_is_kept():
+    pages = [
+        float(subprocess.run([sys.executable, '-c', PAGES_A_STEP.format(call=call)], check=True, capture_output=True,
+                             text=True).stdout)
+        for call in ('', 'keep_memory()')]
+    assert pages[1] < 100 < pages[0]
+
+
+def test_memory_is_as_it_was_elsewhere(monkeypatch):
+    monkeypatch.setattr(platform, 'libc_ver', lambda: ('', ''))
+    monkeypatch.setattr(machine.ctypes, 'CDLL', None)
+    machine.keep_memory()

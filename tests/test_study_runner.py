@@ -172,11 +172,12 @@ def test_seconds_add_up(folder, tmp_path, monkeypatch):
     assert (result['seconds'], result['best'], result['final'], result['top1']) == (5., 51., 50., [51., 50.])
 
 
-def test_precision_is_set(folder, monkeypatch):
+def test_process_is_prepared(folder, monkeypatch):
     called = []
     monkeypatch.setattr(runner, 'set_precision', called.append)
+    monkeypatch.setattr(runner, 'keep_memory', lambda: called.append('memory'))
     run(folder, rows=ROWS[:1], recipe=Recipe(epochs=1, batch_size=12, precision='bfloat16'))
-    assert called == ['bfloat16']
+    assert sorted(called) == ['bfloat16', 'memory']
 
 
 def test_trainers_that_are_done_are_dropped(folder, monkeypatch):

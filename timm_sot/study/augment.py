@@ -45,12 +45,10 @@ def auto_augment(images: torch.Tensor, policy: AutoAugment = _BLACK) -> torch.Te
 
 def random_crop(images: torch.Tensor, padding: int = 4) -> torch.Tensor:
     """Shift each image by up to `padding` pixels, black moving in, (B, C, H, W) -> (B, C, H, W)."""
-    B, C, H, W = images.shape
-    padded = F.pad(images, (padding,) * 4)
-    top, left = torch.randint(0, 2 * padding + 1, (2, B, 1))
-    rows = (top + torch.arange(H))[:, None, :, None]
-    cols = (left + torch.arange(W))[:, None, None, :]
-    return padded[torch.arange(B)[:, None, None, None], torch.arange(C)[:, None, None], rows, cols]
+    B, _, H, W = images.shape
+    windows = F.pad(images, (padding,) * 4).unfold(2, H, 1).unfold(3, W, 1)  # (B, C, top, left, H, W)
+    top, left = torch.randint(0, 2 * padding + 1, (2, B))
+    return windows[torch.arange(B), :, top, left]
 
 
 def random_flip(images: torch.Tensor) -> torch.Tensor:

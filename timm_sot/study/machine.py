@@ -1,4 +1,5 @@
-""" The machine: what numbers were got on (device, processor, versions, commit), and what memory it has left """
+""" The machine: what numbers were got on (device, processor, versions, commit), and its memory """
+import ctypes
 import math
 import os
 import platform
@@ -15,7 +16,8 @@ import torch
 from .. import __version__
 
 __all__ = [
-    'about', 'commit', 'device_name', 'free_memory', 'joined', 'processor_name', 'shared_memory', 'versions']
+    'about', 'commit', 'device_name', 'free_memory', 'joined', 'keep_memory', 'processor_name', 'shared_memory',
+    'versions']
 
 
 def about(device: torch.device, precision: str) -> Dict[str, Any]:
@@ -101,3 +103,17 @@ def shared_memory() -> float:
         return shutil.disk_usage('/dev/shm').free
     except OSError:
         return math.inf
+
+
+def keep_memory() -> None:
+    """Have this process keep the memory that it frees, for its next training step, where the C library is glibc.
+
+    By default glibc gives large tensors back to the system, and gets them again, page by page and filled with zeros, in
+    every step.
+    """
+    if platform.libc_ver()[0] != 'glibc':
+        return
+    trim_threshold, mmap_threshold = -1, -3  # names of the parameters in malloc.h
+    libc = ctypes.CDLL(None)
+    libc.mallopt(trim_threshold, -1)  # never
+    libc.mallopt(mmap_threshold, 32 << 20)  # the most that it takes; what is larger comes and goes as before

@@ -19,7 +19,7 @@ from .coupled import capturable
 from .data import Images, StudyData, fingerprint_of, load_data, subset
 from .engine import Recipe, Trainer, set_precision, train_epoch
 from ..errors import UserError, first_line, missing_extra, one_line, unknown_model
-from .machine import about, joined
+from .machine import about, joined, keep_memory
 from .presets import Row, Study
 from .progress import Progress
 from .store import Run, Store, row_name
@@ -237,6 +237,8 @@ class Session:
         if self.device.type == 'cuda':
             self.stack.enter_context(torch.cuda.device(self.device))
             self.stack.enter_context(capturable())
+        elif self.device.type == 'cpu':
+            keep_memory()
         set_precision(self.setting.recipe.precision)
         return self
 
