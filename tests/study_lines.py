@@ -2,7 +2,7 @@
 import json
 
 from timm_sot.study.presets import ORIGINAL
-from timm_sot.study.store import KEYS
+from timm_sot.study.store import KINDS
 
 CIFAR = 'cifar10 50000+10000 sha256:0123456789abcdef'
 HELD_OUT_DATA = 'cifar10 (validation) 45000+5000 sha256:fedcba9876543210'
@@ -17,7 +17,7 @@ def make_line(model, kwargs, seed, final, **changes):
         'top1': [30.] * 28 + [final + 0.5, final], 'loss': [1.] * 30, 'seconds': 20. + seed, 'device': 'GPU, float32',
         'versions': {'torch': '2.11'}, 'commit': 'abc', 'data': CIFAR, **changes}
     line.update(best=max(line['top1']), final=line['top1'][-1])
-    assert changes.keys() <= {*KEYS, 'entropy', 'common', 'looked_at', 'processor'}
+    assert changes.keys() <= {*KINDS, 'entropy', 'common', 'looked_at', 'processor'}
     return line
 
 

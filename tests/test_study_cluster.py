@@ -25,7 +25,7 @@ from timm_sot.study.engine import Recipe
 from timm_sot.study.presets import Study
 from timm_sot.study.progress import Progress
 from timm_sot.study.runner import TIME_LIMIT, RunsFailed, Setting, run_study
-from timm_sot.study.store import KEYS, Run, Store
+from timm_sot.study.store import KINDS, Run, Store
 
 pytestmark = pytest.mark.slow
 
@@ -69,7 +69,7 @@ def test_same_results(two_workers, folder, tmp_path, capsys, monkeypatch):
     results = run(folder, tmp_path / 'ray', seeds=(1, 0), workers=1)
     assert numbers(results) == numbers(alone) and len(results) == 4
     for mine, theirs in zip(results, alone):
-        assert set(mine) == {*KEYS, 'processor', 'entropy', 'common'} and mine['seconds'] > 0
+        assert set(mine) == {*KINDS, 'processor', 'entropy', 'common'} and mine['seconds'] > 0
         assert {**mine, 'seconds': 0} == {**theirs, 'seconds': 0}
     assert capsys.readouterr().err.count('cct_2_sot_q sot_iters=2 seed 1: top-1') == 2
 

@@ -20,7 +20,7 @@ from timm_sot.errors import UserError
 from timm_sot.study.data import Images, StudyData
 from timm_sot.study.engine import Recipe
 from timm_sot.study.presets import Study
-from timm_sot.study.store import KEYS, Run, Store
+from timm_sot.study.store import KINDS, Run, Store
 
 DEVICE = torch.device('cpu')
 RECIPE = Recipe(epochs=2, batch_size=10, augment=('crop', 'flip'))
@@ -42,7 +42,7 @@ def test_a_run_whose_attention_does_not_fit_is_kept(folder, tmp_path, monkeypatc
     monkeypatch.setattr(runner.Trainer, 'attention_statistics', too_much)
     with pytest.warns(UserWarning, match='cct_2 seed 5: its attention is not looked at: 64 TiB'):
         result, = run(folder, tmp_path, rows=ROWS[:1])
-    assert set(result) == {*KEYS, 'processor'}
+    assert set(result) == {*KINDS, 'processor'}
 
 
 def test_models_share_their_initial_values():
@@ -96,7 +96,7 @@ def test_results(folder, capsys):
     results = run(folder)
     assert [(result['model'], result['kwargs']) for result in results] == ROWS
     for result in results:
-        assert set(result) == {*KEYS, 'processor', 'entropy', 'common'} and json.loads(json.dumps(result)) == result
+        assert set(result) == {*KINDS, 'processor', 'entropy', 'common'} and json.loads(json.dumps(result)) == result
         assert result['seed'] == 5 and result['epochs'] == len(result['top1']) == len(result['loss']) == 2
         assert result['final'] == result['top1'][-1] and result['best'] == max(result['top1'])
         assert result['versions']['torch'] == torch.__version__ and result['data'].startswith('tiny 24+8 sha256:')
@@ -426,7 +426,7 @@ def test_the_device_is_the_current_one(monkeypatch):
 
 def test_table():
     def result(model, seed, final):
-        return dict(zip(KEYS, [
+        return dict(zip(KINDS, [
             model, {'sot_reg': 0.5}, seed, 2, final + 1, final, [final + 1, final], [1., 0.5], 12.34, 'cpu, float32',
             {}, '', 'tiny 24+8 sha256:0']))
 

@@ -30,12 +30,12 @@ try:
 except ImportError:  # not there on Windows: one process to a folder
     fcntl = None
 
-__all__ = ['KEYS', 'NOT_RECIPE', 'Run', 'Store', 'find_result', 'read_lines', 'read_settings', 'row_name']
+__all__ = ['KINDS', 'NOT_RECIPE', 'Run', 'Store', 'find_result', 'read_lines', 'read_settings', 'row_name']
 
+# the line of a run, and what is of which type
 KINDS = {
     'model': str, 'kwargs': dict, 'seed': int, 'epochs': int, 'best': (int, float), 'final': (int, float), 'top1': list,
     'loss': list, 'seconds': (int, float), 'device': str, 'versions': dict, 'commit': str, 'data': str}
-KEYS = tuple(KINDS)  # of the line of a run
 
 NOT_RECIPE = ('data', 'fraction', 'holdout', 'first')  # what study.json holds beside the recipe
 
