@@ -118,8 +118,9 @@ def test_compare(models, image):
         assert line.get_xdata()[0] == 1 / 64
 
     text = texts(figure)
-    for expected in ('image noise.png', 'cct_2 · blocks.0 · head 1\n', 'cct_2_sot_qk · blocks.0 · head 1 · reg 0.1',
-                     'SOT(Q, K), before softmax', 'weights, after softmax', 'weights, softmax of scores'):
+    for expected in (
+            'image noise.png', 'cct_2 · blocks.0 · head 1\n', 'cct_2_sot_qk · blocks.0 · head 1 · reg 0.1',
+            'SOT(Q, K), before softmax', 'weights, after softmax', 'weights, softmax of scores'):
         assert expected in text, expected
     assert 'dropout' not in text
 
@@ -426,5 +427,6 @@ def test_a_layer_without_the_matrix(image):
         for layer, key in ((None, 'blocks.3'), (-1, 'blocks.3'), (-2, 'blocks.2'), (2, 'blocks.2')):
             assert key in texts(draw({'vit': model}, image, layer=layer))
         for layer, key in ((0, 'blocks.0'), (1, 'blocks.1'), (-3, 'blocks.1'), ('blocks.0', 'blocks.0')):
-            with pytest.raises(ValueError, match=rf'{key} of vit makes no SOT matrix; these do: blocks\.2, blocks\.3\.'):
+            message = rf'{key} of vit makes no SOT matrix; these do: blocks\.2, blocks\.3\.'
+            with pytest.raises(ValueError, match=message):
                 draw({'vit': model}, image, layer=layer)

@@ -16,6 +16,7 @@ from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 import timm
 import torch
 from huggingface_hub import EvalResult, ModelCardData
+from huggingface_hub.utils import HFValidationError, validate_repo_id
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from timm.data import create_dataset, create_loader, resolve_data_config
@@ -94,8 +95,16 @@ def export(
         What was measured, None without `data_dir`.
 
     Raises:
-        UserError: If the checkpoint or the images cannot be read, or the folder cannot be written.
+        UserError: If the checkpoint or the images cannot be read, the folder cannot be written, or its name is none
+            for the Hub.
     """
+    folder = Path(out).resolve()
+    try:
+        validate_repo_id(folder.name)
+    except HFValidationError as e:
+        raise UserError(f'{out}: the name of the folder is that of the model in its card and on the Hub, which does '
+                        f'not take {folder.name!r}; choose one like cct_2_sot_qk.cifar10, of letters, digits, -, _ '
+                        f'and .') from e
     source = read_checkpoint(checkpoint)
     changed = {key: value for key, value in (model_kwargs or {}).items() if source.kwargs.get(key) != value}
     if changed:
@@ -104,7 +113,6 @@ def export(
         kwargs = {key: value for key, value in {**source.kwargs, **changed}.items() if value is not None}
         source = source._replace(kwargs=kwargs, facts=[
             *source.facts, ('Changed since training', f'{trained} in training, {now} in this model and its result')])
-    folder = Path(out).resolve()
     if checkpoint.endswith('.safetensors'):  # of a study, whose command leaves it in the folder `run`
         words = ['timm-sot', 'export', f'run/checkpoints/{Path(checkpoint).name}', '--out', f'hub/{folder.name}']
         words += ['--data-dir', 'DIR'] * bool(data_dir)

@@ -10,8 +10,7 @@ from typing import Tuple
 
 import torch
 
-from .operands import check_one_device
-from .operators import differentiate, operator, register_fake
+from .operators import check_one_device, differentiate, operator, register_fake
 
 __all__ = ['distance_by_product', 'euclidean_distance']
 

@@ -13,8 +13,8 @@ from typing import Optional, Tuple
 import torch
 
 from . import cpu
-from .operands import check_one_device, empty_gradients, empty_heads, refuse_second_derivative
-from .operators import differentiate, operator, register_fake
+from .operands import empty_gradients, empty_heads
+from .operators import check_one_device, differentiate, operator, refuse_second_derivative, register_fake
 from .threads import loops_work
 
 __all__ = ['choose_path', 'fused_sot_attention']

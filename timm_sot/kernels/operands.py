@@ -5,12 +5,10 @@ import torch
 
 __all__ = [
     'SCALING_MIN_REG',
-    'check_one_device',
     'dropout_numbers',
     'empty_gradients',
     'empty_heads',
     'matched_points',
-    'refuse_second_derivative',
     'unit_stride',
 ]
 
@@ -18,12 +16,6 @@ __all__ = [
 # [-1 / reg, 0]; with a masked diagonal the scaling vectors span up to a few times exp(1 / reg). Float32 ends at
 # exp(88): exp(4 / reg) is inside.
 SCALING_MIN_REG = 0.05
-
-
-def check_one_device(*tensors: torch.Tensor) -> None:
-    """For the fakes of operators: one tensor on the meta device is enough to call them, with whatever others."""
-    devices = [str(x.device) for x in tensors]
-    torch._check(len(set(devices)) == 1, lambda: f'all tensors must be on one device, got {devices}')
 
 
 def unit_stride(x: torch.Tensor) -> torch.Tensor:
@@ -56,10 +48,3 @@ def dropout_numbers(p: float, lowest: int = 0) -> Tuple[int, float]:
     """What a weight's 32-bit random number, from `lowest` on, is to reach for it to be kept, and the factor on it then.
     """
     return lowest + min(int(p * 2 ** 32), 2 ** 32 - 1), 1. / (1. - p) if p < 1. else 0.
-
-
-def refuse_second_derivative(ctx, *grads) -> None:
-    """For the autograd of a backward pass."""
-    raise RuntimeError(
-        'Fused SOT attention has no second derivative. Set fused_attn of the attention layers to False (or call '
-        'timm.layers.set_fused_attn(False) before the model is created) to differentiate twice.')

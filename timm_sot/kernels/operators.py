@@ -10,7 +10,7 @@ from typing import Callable, Dict, Optional
 import torch
 from torch.library import Library, infer_schema
 
-__all__ = ['differentiate', 'operator', 'register_fake']
+__all__ = ['check_one_device', 'differentiate', 'operator', 'refuse_second_derivative', 'register_fake']
 
 # An operator is registered once in a process and calls what is in here: when a module is imported again, it finds its
 # operators and gives them its new functions. Hence not in this module, but where the operators are.
@@ -53,6 +53,12 @@ def register_fake(op: torch._ops.OpOverload) -> Callable[[Callable], Callable]:
     return register
 
 
+def check_one_device(*tensors: torch.Tensor) -> None:
+    """For the fakes of operators: one tensor on the meta device is enough to call them, with whatever others."""
+    devices = [str(x.device) for x in tensors]
+    torch._check(len(set(devices)) == 1, lambda: f'all tensors must be on one device, got {devices}')
+
+
 def differentiate(
         op: torch._ops.OpOverload,
         backward: Callable,
@@ -76,6 +82,13 @@ def differentiate(
     _of(op).gradient = type(_name(op), (torch.autograd.Function,), dict(
         forward=staticmethod(forward),
         backward=staticmethod(lambda ctx, *grads: (None, *backward(ctx, *grads)))))  # none for the keyset
+
+
+def refuse_second_derivative(ctx, *grads) -> None:
+    """For the autograd of a backward pass."""
+    raise RuntimeError(
+        'Fused SOT attention has no second derivative. Set fused_attn of the attention layers to False (or call '
+        'timm.layers.set_fused_attn(False) before the model is created) to differentiate twice.')
 
 
 def _call(registered: SimpleNamespace, keyset, args):

@@ -20,8 +20,8 @@ from typing import Optional, Tuple
 
 import torch
 
-from .operands import check_one_device, empty_heads, refuse_second_derivative
-from .operators import differentiate, operator, register_fake
+from .operands import empty_heads
+from .operators import check_one_device, differentiate, operator, refuse_second_derivative, register_fake
 
 __all__ = ['fused_shares_attention']
 

@@ -18,8 +18,8 @@ from typing import List, Optional, Tuple
 
 import torch
 
-from .operands import SCALING_MIN_REG, check_one_device
-from .operators import differentiate, operator, register_fake
+from .operands import SCALING_MIN_REG
+from .operators import check_one_device, differentiate, operator, register_fake
 from .threads import loops_work, run_in_threads
 
 __all__ = ['loops_pay', 'scaling_is_safe', 'sinkhorn', 'sum_columns', 'sum_rows']

@@ -92,8 +92,8 @@ def solve(
     """
     if spread > 1. / MIN_REG:
         if tol is not None:
-            raise UserError(f'sot_tol on a GPU takes a sot_reg of {MIN_REG} or more, got {1. / spread:.3g}; leave sot_tol '
-                            f'out, or train on the CPU.')
+            raise UserError(f'sot_tol on a GPU takes a sot_reg of {MIN_REG} or more, got {1. / spread:.3g}; leave '
+                            f'sot_tol out, or train on the CPU.')
         return _solve(log_kernel, iters, tol, row_mass, spread)
     N, M = log_kernel.shape[-2:]
     log_r = -math.log(N) if row_mass is None else math.log(row_mass)
