@@ -77,8 +77,8 @@ def test_report_without_an_extra(package, monkeypatch, tmp_path, capsys):
     (['study', '--models', 'cct_2', '--grid', 'sot_reg=[]'], "at least one value of each argument, got {'sot_reg"),
     (['study', '--rows', 'cct_2_sot'],
      "--rows 'cct_2_sot' is none of the 3 rows; there are cct_2, cct_2_sot_q, cct_2_sot_qk."),
-    (['study', '--models', 'cct_2', '--grid', 'sot_reg=0.1,0.5', '--rows', 'cct_2'],
-     "--rows 'cct_2' is none of the 2 rows; there are cct_2 sot_reg=0.1, cct_2 sot_reg=0.5."),
+    (['study', '--models', 'cct_2_sot_q', '--grid', 'sot_reg=0.1,0.5', '--rows', 'cct_2_sot_q'],
+     "--rows 'cct_2_sot_q' is none of the 2 rows; there are cct_2_sot_q sot_reg=0.1, cct_2_sot_q sot_reg=0.5."),
     (['study', '--ray', '--gpus-per-run', '0.5', '--device', 'cpu'], 'the device is to be cpu; leave one of them out'),
     (['study', '--cpus-per-run', '2'], '--cpus-per-run and --gpus-per-run are of runs on a Ray cluster'),
     (['study', 'reports'], "invalid choice: 'reports'"),
@@ -123,6 +123,15 @@ def test_grid(monkeypatch):
     assert asked['study'].seeds == [7, 8]
     assert asked['recipe'].epochs == 2 and asked['recipe'].batch_size == 128 and asked['recipe'].schedule == 'original'
     assert asked['study'].holdout == 0.
+
+    assert main(['study', '--models', 'cct_2', 'cct_2_sot_qk', '--grid', 'sot_reg=0.1,0.5', 'attn=softmax,sot_q',
+                 '--model-kwargs', 'sot_iters=2']) == 0
+    assert asked['study'].rows == [
+        ('cct_2', {'sot_iters': 2, 'attn': 'softmax'}),
+        ('cct_2', {'sot_iters': 2, 'sot_reg': 0.1, 'attn': 'sot_q'}),
+        ('cct_2', {'sot_iters': 2, 'sot_reg': 0.5, 'attn': 'sot_q'}),
+        *(('cct_2_sot_qk', {'sot_iters': 2, 'sot_reg': reg, 'attn': attn})
+          for reg in (0.1, 0.5) for attn in ('softmax', 'sot_q'))]
 
     assert main(['study', '--preset', 'seed', '--models', 'cct_4', 'cct_2_sot_q', '--data-dir', 'x']) == 0
     assert asked['study'].rows == [('cct_4', {}), ('cct_2_sot_q', {'sot_reg': 0.1, 'sot_tol': 0.1})]

@@ -1,6 +1,7 @@
 """timm-sot export: from checkpoints of studies and of train.py to folders."""
 import json
 import os
+import shutil
 from argparse import Namespace
 
 import pytest
@@ -11,7 +12,7 @@ from safetensors.torch import save_file
 from timm.utils import CheckpointSaver
 
 from timm_sot.cli import main
-from timm_sot.export import evaluate
+from timm_sot.export.score import evaluate
 
 SETTINGS = dict(
     batch_size=16, lr=2e-3, weight_decay=0.03, augment=['crop', 'flip'], precision='float32', first=['cct_2', {}])
@@ -109,6 +110,55 @@ def test_what_a_study_writes(tmp_path, digits_dir):
     assert result['data'] in card.text and '--models cct_2_sot_q --model-kwargs sot_iters=2 --seed 0' in card.text
     assert ' --data-dir DIR --out run\ntimm-sot export run/checkpoints/cct_2_sot_q-sot_iters-2-seed-0-epochs-1' \
         '.safetensors --out hub/cct_2_sot_q.digits --data-dir DIR\n' in card.text
+
+
+@pytest.mark.parametrize('model, kwargs, classes', [
+    ('cct_2', [], 2), ('cct_2_sot_qk', ['sot_iters=2'], 2),
+    ('vit_tiny_patch16_224', ['img_size=32', 'depth=1', 'embed_dim=24'], 2)])
+def test_classes_are_those_of_the_images(tmp_path, folder, model, kwargs, classes, monkeypatch):
+    """Of which a study makes the head; they are no argument of its rows."""
+    assert main(['study', '--models', model, '--epochs', '1', '--device', 'cpu', '--data-dir', folder, '--workers', '0',
+                 '--out', str(tmp_path / 'study'), *(['--model-kwargs', *kwargs] if kwargs else [])]) == 0
+    result = json.loads((tmp_path / 'study' / 'results.jsonl').read_text())
+    checkpoint, = (tmp_path / 'study').glob('checkpoints/*.safetensors')
+    out = tmp_path / f'{model}.tiny'
+    assert run(checkpoint, '--out', out, '--data-dir', folder, '--device', 'cpu') == 0
+    loaded = timm.create_model(f'local-dir:{out}', pretrained=True)
+    assert loaded.num_classes == classes
+    card = ModelCard.load(out / 'README.md')
+    assert f'- Classes: {classes}' in card.text and 'Changed since training' not in card.text
+    assert f'num_classes={classes} --seed' not in card.text, 'study takes them from the images'
+    assert f'{result["final"]:.2f} after the last epoch' in card.text
+
+    monkeypatch.chdir(tmp_path)
+    assert main(['attention', 'compare', '--models', model, '--checkpoint', str(checkpoint)]) == 0
+
+
+def test_a_command_that_begins_elsewhere_says_so(tmp_path):
+    """Rows that differ in an argument cannot both be named; what the first has drawn can depend on it."""
+    said = 'It began with the initial values of cct_2 pos_embed=sine, in what the two share'
+
+    def card_of(name, first, kwargs):
+        _, checkpoint = study(tmp_path / name, 'cct_2', kwargs)
+        (tmp_path / name / 'study.json').write_text(json.dumps({**SETTINGS, 'first': first, 'dataset': 'torch/x'}))
+        assert run(checkpoint, '--out', tmp_path / 'hub' / name) == 0
+        return (tmp_path / 'hub' / name / 'README.md').read_text()
+
+    text = card_of('a', ['cct_2', dict(pos_embed='sine')], dict(pos_embed='learn'))
+    assert said in text and '--dataset torch/x --data-dir DIR' in text
+    assert said not in card_of('b', ['cct_2', dict(pos_embed='sine')], dict(pos_embed='sine'))
+    assert 'initial values' not in card_of('c', ['cct_2', {}], dict(context=True)), 'they are the same'
+    assert 'initial values of cct_2 no_such=1' in card_of('d', ['cct_2', dict(no_such=1)], {})
+
+
+def test_damaged_image_is_refused(tmp_path, digits_dir, capsys):
+    """For one that it cannot read timm takes the next."""
+    shutil.copytree(digits_dir / 'test', tmp_path / 'test')
+    damaged = sorted((tmp_path / 'test').glob('*/*'))[3]
+    damaged.write_bytes(damaged.read_bytes()[:60])
+    _, checkpoint = study(tmp_path / 'study')
+    assert run(checkpoint, '--out', tmp_path / 'x', '--data-dir', tmp_path, '--device', 'cpu') == 2
+    assert f'{damaged} cannot be read as an image' in capsys.readouterr().err and not (tmp_path / 'x').exists()
 
 
 def test_arguments_may_change_after_training(tmp_path):
@@ -243,6 +293,7 @@ def failing(tmp_path):
         ((good, '--out', out, '--data-dir', tmp_path / 'nowhere'), 'nowhere'),
         ((good, '--out', out, '--data-dir', folder), 'is no folder with images in folders of their classes'),
         ((good, '--out', out, '--model-kwargs', 'sot_rag=1'), 'sot_rag'),
+        ((good, '--out', out, '--model-kwargs', 'global_pool=foo'), 'which does not fit: '),
         ((good, '--out', out, '--model-kwargs', 'sot_reg'), "key=value pairs, got 'sot_reg'"),
         ((good,), '--out'),
     ]

@@ -8,8 +8,8 @@ import timm_sot
 
 ROOT = Path(timm_sot.__file__).parent
 ROOMS = [
-    'errors', 'kernels', 'solver', 'transform', 'attention', 'layers', 'weights', 'cct', 'patch', 'viz', 'study',
-    'bench', 'export', 'cli', '__main__']
+    'errors', 'kernels', 'solver', 'transform', 'attention', 'layers', 'weights', 'cct', 'patch', 'digits', 'viz',
+    'study', 'bench', 'export', 'cli', '__main__']
 FREE = {'__init__', '_autoload'}  # they name the others for users, and import them late
 
 

@@ -86,7 +86,7 @@ def test_model_errors_come_first(folder, kwargs):
         run(folder, rows=[('cct_2_sot_q', {}), ('cct_2', kwargs)])
 
 
-@pytest.mark.parametrize('name', ['nonsense', 'cuda:99'])
+@pytest.mark.parametrize('name', ['nonsense', 'cuda:99', 'meta'])
 def test_device_errors(name):
     with pytest.raises(UserError, match=f'device {name!r} cannot be used'):
         runner.resolve_device(name)
@@ -105,6 +105,29 @@ def test_results(folder, capsys):
             assert {name: len(heads) for name, heads in result[key].items()} == {'blocks.0': 2, 'blocks.1': 2}
     assert results[0]['loss'] != results[1]['loss']
     assert 'cct_2_sot_q sot_iters=2 seed 5: top-1' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('parallel', [1, 6])
+def test_a_run_that_fails_leaves_the_others(folder, tmp_path, monkeypatch, capsys, parallel):
+    """What was trained of them is kept, and they have the same numbers."""
+    whole = run(folder, seeds=(5, 6))
+    train_epoch = runner.train_epoch
+
+    def fails(trainers, seed, epoch, **kwargs):
+        sot = [trainer.model.blocks[0].attn.variant == 'sot_q' for trainer in trainers]
+        if seed == 5 and epoch == 1 and any(sot):
+            raise torch.OutOfMemoryError('64 TiB')
+        return train_epoch(trainers, seed, epoch, **kwargs)
+
+    monkeypatch.setattr(runner, 'train_epoch', fails)
+    with pytest.raises(runner.RunsFailed, match='1 of 4 runs failed.*cct_2_sot_q .* seed 5: OutOfMemoryError: 64') as e:
+        run(folder, tmp_path, seeds=(5, 6), parallel=parallel)
+    kept = [result for result in whole if (result['model'], result['seed']) != ('cct_2_sot_q', 5)]
+    assert numbers(e.value.results) == numbers(kept)
+    said = capsys.readouterr().err
+    assert 'Traceback' in said and ('goes on with one run at a time' in said) == (parallel > 1)
+    monkeypatch.undo()
+    assert numbers(run(folder, tmp_path, seeds=(5, 6))) == numbers(whole)
 
 
 def test_grouping_changes_nothing(folder, tmp_path):
@@ -290,9 +313,12 @@ def test_a_row_or_seed_named_twice_is_one(folder):
 
 
 @pytest.mark.parametrize('rows, message', [
-    ([('cct_2', {'in_chans': 1})], r'cct_2 with .*in_chans.* does not take images of shape \(3, 32, 32\): .*channels'),
+    ([('cct_2', {'in_chans': 1})], r'cct_2 with .*in_chans.* does not train on .* \(3, 32, 32\): .*channels'),
     ([('cct_2', {'img_size': 32}), ('cct_2', {'img_size': 48})], 'cct_2 32x32, cct_2 48x48'),
-    ([('cct_2_sot_qkt', {'img_size': 48})], 'does not take images of shape .*needs N = D'),
+    ([('cct_2_sot_qkt', {'img_size': 48})], 'does not train on images of shape .*needs N = D'),
+    ([('cct_2', {}), ('cct_2', {'global_pool': ''})], r'output for 2 images is of shape \(2, 64, 2\), that of a class'),
+    ([('cct_2', {}), ('cct_2', {'drop_path_rate': 1.5})], 'cct_2 with .* does not train on .*[Bb]ernoulli'),
+    ([('vit_tiny_patch16_224', {'img_size': 32, 'num_heads': 5})], 'cannot create vit_tiny_patch16_224 .*AssertionE'),
 ])
 def test_rows_that_do_not_fit(folder, rows, message):
     with pytest.raises(UserError, match=message):

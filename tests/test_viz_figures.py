@@ -285,7 +285,8 @@ def test_entropy_of_deep_models(image, depth):
 
 
 @pytest.mark.parametrize('value, text', [
-    (0.5, '0.500'), (0.9994, '0.999'), (0.99998, '1−2e−5'), (1 - 1e-7, '>1−1e−6'), (1., '>1−1e−6')])
+    (0.5, '0.500'), (0.9994, '0.999'), (0.99998, '1−2e−5'), (1 - 1e-7, '>1−1e−6'), (1., '>1−1e−6'),
+    (float('nan'), 'nan')])
 def test_relative_entropy(value, text):
     assert figures.relative_entropy(value) == text
 

@@ -4,8 +4,9 @@ import pytest
 import timm
 import torch
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
+from timm_sot.errors import UserError
 from timm_sot.viz.inputs import digits, find_images, load_models, model_input, shown_pixels, token_grid
 
 
@@ -68,6 +69,26 @@ def test_find_images(tmp_path):
         (tmp_path / name).touch()
     assert [name for name, _ in find_images(str(tmp_path))] == ['1.jpeg', 'a/10.JPG', 'b/2.png']
     assert find_images(str(tmp_path / 'b/2.png')) == [('b/2.png', str(tmp_path / 'b/2.png'))]
+
+
+def test_recorded_arguments_are_named(tmp_path):
+    """As far as no figure says them by itself, nor do the images."""
+    weights = str(tmp_path / 'weights.safetensors')
+    save_file(timm.create_model('cct_2', context=True, num_classes=3).state_dict(), weights)
+    recorded = [dict(context=True, sot_reg=1., num_classes=3)]
+    models = load_models(['cct_2'], [weights], recorded_kwargs=recorded)
+    assert list(models) == ['cct_2 (context=True)']
+    assert torch.equal(models['cct_2 (context=True)'].head.weight, load_file(weights)['head.weight'])
+    models = load_models(['cct_2'], [weights], False, dict(pos_embed='learn', num_classes=5), 0, recorded)
+    assert list(models) == ['cct_2 (context=True, pos_embed=learn)']
+
+
+def test_weights_that_are_not_finite(tmp_path):
+    state = timm.create_model('cct_2').state_dict()
+    state['head.bias'][0] = torch.inf
+    save_file(state, tmp_path / 'weights.safetensors')
+    with pytest.raises(UserError, match='weights.safetensors holds values that are not finite, in head.bias'):
+        load_models(['cct_2'], [str(tmp_path / 'weights.safetensors')])
 
 
 def test_recorded_arguments(tmp_path):

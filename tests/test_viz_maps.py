@@ -336,6 +336,7 @@ def test_common_part():
     plan = sinkhorn(torch.randn(2, 3, 8, 8), iters=200).exp()
     assert common_part(plan).max() < 1e-6
     assert (common_part(torch.ones(2, 8, 8)) == 0).all()
+    assert common_part(torch.full((8, 8), torch.nan)).isnan()
     # half of the rows look at one token, half at another: the mean row differs half as much from their own mean
     two = F.one_hot(torch.tensor([0, 1] * 4), 8).float()
     assert common_part(3 * two).item() == pytest.approx((2 * 0.375 ** 2 + 6 / 64) / (0.875 ** 2 + 7 / 64))

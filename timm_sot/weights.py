@@ -114,7 +114,8 @@ def explain(error: Exception, cfg: Dict[str, Any]) -> None:
     elif damaged:
         message = f'{file} is damaged or cut off ({message.partition(". ")[0] or type(error).__name__})'
     elif 'weights_only' in message:  # timm has refused a pickle, and goes on to say how to load it nevertheless
-        advice = 'it holds more than weights, have them saved as safetensors'
+        message = message.partition('. ')[0]
+        advice = 'it holds more than weights, or none, have them saved as safetensors'
     elif isinstance(error, TypeError):
         advice = 'an argument that is not yours is of config.json, which may be of another version of timm-sot'
     elif type(error).__module__.partition('.')[0] in ('huggingface_hub', 'httpx', 'httpx2', 'requests'):

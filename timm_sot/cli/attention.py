@@ -107,7 +107,7 @@ def _attention(args: argparse.Namespace) -> int:
         else:
             figure = getattr(figures, args.figure)(models, images[0], image_name=names[0], **options)
         figure.savefig(args.out, dpi=args.dpi)
-    except (ValueError, RuntimeError, OSError) as e:  # an option that does not fit the model, or a file not writable
+    except (ValueError, RuntimeError, OSError, MemoryError) as e:  # what does not fit the model, or nowhere
         raise UserError(first_line(e)) from e
     print(args.out)
     return 0
@@ -115,7 +115,7 @@ def _attention(args: argparse.Namespace) -> int:
 
 def _recorded_kwargs(name: str, checkpoint: str) -> Dict[str, Any]:
     """The arguments with which a study trained the model of a checkpoint, none where no study wrote it."""
-    from ..study.store import find_result
+    from ..study.store import find_classes, find_result
 
     found = find_result(checkpoint)
     if found is None:
@@ -123,7 +123,7 @@ def _recorded_kwargs(name: str, checkpoint: str) -> Dict[str, Any]:
     result, _, _ = found
     if result['model'] != name:
         raise UserError(f'{checkpoint} is of {result["model"]}, as the study says that wrote it, not of {name}.')
-    return result['kwargs']
+    return {**result['kwargs'], **find_classes(checkpoint, name)}
 
 
 def _images(args):

@@ -36,7 +36,8 @@ def add_study(commands) -> None:
     group.add_argument('--model-kwargs', nargs='*', default={}, action=ModelKwargs, metavar='KEY=VALUE',
                        help='arguments of every model, e.g. sot_reg=0.5')
     group.add_argument('--grid', nargs='*', default={}, action=ModelKwargs, metavar='KEY=VALUE,VALUE',
-                       help='arguments of models, every combination of which is a row, e.g. sot_reg=0.1,0.5')
+                       help='arguments of models, every combination of which is a row, e.g. sot_reg=0.1,0.5 (sot_* not '
+                            'for a CCT with softmax attention)')
     group.add_argument('--rows', nargs='+', metavar='ROW',
                        help="train only these rows, named as in the tables, e.g. cct_2 'cct_2_sot_shares sot_iters=0'")
     group.add_argument('--seed', nargs='+', type=seed, metavar='N',
@@ -76,7 +77,8 @@ def add_study(commands) -> None:
     group.add_argument('--workers', type=number(int, 0), help='processes that augment (default: one less than cores)')
     group.add_argument('--no-graphs', action='store_true', help='train without CUDA graphs')
     group.add_argument('--time-limit', type=number(float, 0), default=float('inf'), metavar='SECONDS',
-                       help='stop before it, after a finished epoch, of which there is at least one')
+                       help='stop before it, after a finished epoch, of which there is at least one; with --ray also '
+                            'where none has begun')
 
     group = parser.add_argument_group('past one machine')
     group.add_argument('--ray', nargs='?', const='', metavar='ADDRESS',
@@ -181,7 +183,7 @@ def _rows(args: argparse.Namespace, rows: Sequence['Row']) -> List['Row']:
         for value in args.grid.values()]
     if not all(values):
         raise UserError(f'--grid needs at least one value of each argument, got {args.grid}.')
-    rows = [(model, {**kwargs, **args.model_kwargs, **dict(zip(args.grid, combination))})
+    rows = [_with_values(model, {**kwargs, **args.model_kwargs}, dict(zip(args.grid, combination)))
             for model, kwargs in rows for combination in product(*values)]
     try:
         rows = [(model, kwargs) for model, kwargs in json.loads(json.dumps(rows))]
@@ -189,6 +191,17 @@ def _rows(args: argparse.Namespace, rows: Sequence['Row']) -> List['Row']:
         raise UserError(f'arguments of models must be numbers, text, or lists of them, to be written down with the '
                         f'runs: {e}.') from e
     return _chosen({row_name(*row): row for row in rows}, args.rows)
+
+
+def _with_values(model: str, kwargs: Dict[str, Any], values: Dict[str, Any]) -> 'Row':
+    """A row with the values of a grid, less those of SOT attention where the row is a CCT that has none.
+
+    So such a row is one and not several with the same numbers.
+    """
+    row = {**kwargs, **values}
+    if model.startswith('cct_') and '_sot_' not in model and row.get('attn', 'softmax') == 'softmax':
+        row = {key: value for key, value in row.items() if key in kwargs or not key.startswith('sot_')}
+    return model, row
 
 
 def _recipe(args: argparse.Namespace, settings: Dict[str, Any]) -> 'Recipe':

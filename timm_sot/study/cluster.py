@@ -33,6 +33,7 @@ __all__ = ['Cluster']
 RETRIES = 3  # of a run, without an epoch finished between them
 CONNECT_SECONDS = 5.
 STEP_SECONDS = 0.5  # between two messages of a worker about its steps
+NOT_BEGUN = 'time limit: stopped before a run could begin on the cluster, the same command tries again'
 
 
 @dataclass(frozen=True)
@@ -222,7 +223,7 @@ class ClusterSession:
         stopped = [task for task in self.tasks if task is finished or not task.worker]
         if stopped and TIME_LIMIT not in self.said:
             self.said.add(TIME_LIMIT)
-            self.progress.write(TIME_LIMIT)
+            self.progress.write(TIME_LIMIT if self.progress.begun else NOT_BEGUN)
         self._stop(stopped)
 
     def _stop(self, tasks: Sequence[Task]) -> None:

@@ -11,19 +11,19 @@ import sys
 import tarfile
 import tempfile
 import zlib
-from typing import Callable, NamedTuple, Tuple
+from typing import Callable, NamedTuple, Optional, Tuple
 
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from timm.data import create_dataset, create_transform
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
+from ..digits import load_digits
 from ..errors import UserError, first_line, missing_extra
 
 __all__ = [
-    'HELD_OUT', 'VAL_FOLDER', 'Images', 'StudyData', 'fingerprint_of', 'load_data', 'normalizer', 'same_images',
-    'subset',
+    'HELD_OUT', 'VAL_FOLDER', 'Files', 'Images', 'StudyData', 'fingerprint_of', 'load_data', 'normalizer',
+    'same_images', 'subset',
 ]
 
 # in the name of data that are not measured on test images but on some of train/, or on those of val/
@@ -72,23 +72,21 @@ def load_data(
     if dataset:
         return load_dataset(dataset, source, img_size, workers, download)
     if not source:
-        return load_digits(img_size)
+        return split_digits(img_size)
     if os.path.isfile(source):
         return load_archive(source, img_size, workers)
     return load_folder(source, img_size, workers)
 
 
-def load_digits(img_size: Tuple[int, int]) -> StudyData:
-    """The 1,797 handwritten digits that scikit-learn ships, four fifths of each class for training."""
+def split_digits(img_size: Tuple[int, int]) -> StudyData:
+    """The handwritten digits that scikit-learn ships, four fifths of each class for training."""
     try:
-        from sklearn import datasets
         from sklearn.model_selection import train_test_split
+
+        images, labels = load_digits(img_size)
     except ImportError as e:
         raise missing_extra(e) from e
-    images, labels = datasets.load_digits(return_X_y=True)  # (1797, 64), 0 to 16
-    images = torch.from_numpy(images).float().reshape(-1, 1, 8, 8) * (255 / 16)
-    images = F.interpolate(images, img_size, mode='bicubic').round().clamp(0, 255)
-    digits = Images(images.to(torch.uint8).repeat(1, 3, 1, 1), torch.from_numpy(labels).long())
+    digits = Images(images.repeat(1, 3, 1, 1), labels)
     train, test = train_test_split(torch.arange(len(labels)).numpy(), test_size=0.2, stratify=labels, random_state=0)
     return StudyData('digits', *(digits.select(torch.from_numpy(index)) for index in (train, test)), 10)
 
@@ -163,12 +161,13 @@ def load_dataset(
     return StudyData(name.split('/')[-1], *images, int(images[0].labels.max()) + 1)
 
 
-class _Files(Dataset):
+class Files(Dataset):
     """The images of a folder, as timm's dataset would have them, which takes the next for one that it cannot read."""
 
-    def __init__(self, dataset, transform: Callable):
+    def __init__(self, dataset, transform: Optional[Callable] = None, mode: str = 'RGB'):
         self.dataset = dataset
         self.transform = transform
+        self.mode = mode
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -176,13 +175,23 @@ class _Files(Dataset):
     def read(self, i: int) -> Tuple[torch.Tensor, int]:
         file, label = self.dataset.reader[i]
         with file:
-            return self.transform(Image.open(file).convert('RGB')), label
+            return self.transform(Image.open(file).convert(self.mode)), label
 
     def __getitem__(self, i: int) -> Tuple[torch.Tensor, int]:
         try:
             return self.read(i)
         except Exception:  # of which nothing but its text would come out of a worker process
-            return self.transform(Image.new('RGB', (1, 1))), UNREADABLE
+            return self.transform(Image.new(self.mode, (1, 1))), UNREADABLE
+
+    def check(self, labels: torch.Tensor) -> None:
+        """Raise a UserError that names the first of the images that could not be read, by the labels of all."""
+        for i in (labels == UNREADABLE).nonzero().flatten().tolist():
+            try:
+                self.read(i)
+            except Exception as e:
+                file = self.dataset.filename(i, absolute=True)
+                raise UserError(
+                    f'{file} cannot be read as an image ({first_line(e)}); replace it, or take it away.') from e
 
 
 def decode(dataset, img_size: Tuple[int, int], workers: int = 0) -> Images:
@@ -191,7 +200,7 @@ def decode(dataset, img_size: Tuple[int, int], workers: int = 0) -> Images:
 
     transform = create_transform((3, *img_size), normalize=False, crop_pct=1.)  # uint8 tensors
     if hasattr(dataset, 'reader') and not isinstance(dataset, IterableDataset):  # images that have a number
-        dataset = _Files(dataset, transform)
+        dataset = Files(dataset, transform)
     else:
         dataset.transform = transform
     # workers would mix what is read in order, and as many as there are would be seen in the fingerprint
@@ -203,15 +212,10 @@ def decode(dataset, img_size: Tuple[int, int], workers: int = 0) -> Images:
             batches.append(batch)
             bar.update(len(batch[1]))
     images, labels = (torch.cat(parts) for parts in zip(*batches))
-    if not isinstance(dataset, _Files) and (labels < 0).any():
+    if isinstance(dataset, Files):
+        dataset.check(labels)
+    elif (labels < 0).any():
         raise UserError('it has images without a label, choose a split that has labels.')
-    for i in (labels == UNREADABLE).nonzero().flatten().tolist():
-        try:
-            dataset.read(i)
-        except Exception as e:
-            file = dataset.dataset.filename(i, absolute=True)
-            raise UserError(
-                f'{file} cannot be read as an image ({first_line(e)}); replace it, or take it away.') from e
     return Images(images.expand(-1, 3, -1, -1).contiguous(), labels)  # of gray ones three equal channels
 
 

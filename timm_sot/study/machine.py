@@ -16,8 +16,8 @@ import torch
 from .. import __version__
 
 __all__ = [
-    'about', 'commit', 'device_name', 'free_memory', 'joined', 'keep_memory', 'processor_name', 'shared_memory',
-    'versions']
+    'about', 'available_cores', 'commit', 'device_name', 'free_memory', 'joined', 'keep_memory', 'processor_name',
+    'shared_memory', 'versions']
 
 
 def about(device: torch.device, precision: str) -> Dict[str, Any]:
@@ -78,6 +78,14 @@ def commit() -> str:
     except (OSError, subprocess.CalledProcessError):
         return ''
     return described.stdout.strip()
+
+
+def available_cores() -> int:
+    """Number of cores that this process may run on."""
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # of Linux alone
+        return os.cpu_count() or 1
 
 
 def free_memory() -> float:

@@ -3,6 +3,7 @@ import contextlib
 import math
 import os
 import time
+import traceback
 import warnings
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -19,7 +20,7 @@ from .coupled import capturable
 from .data import Images, StudyData, fingerprint_of, load_data, subset
 from .engine import Recipe, Trainer, set_precision, train_epoch
 from ..errors import UserError, first_line, missing_extra, one_line, unknown_model
-from .machine import about, joined, keep_memory
+from .machine import about, available_cores, joined, keep_memory
 from .presets import Row, Study
 from .progress import Progress
 from .store import Run, Store, row_name
@@ -45,7 +46,7 @@ def resolve_device(name: str = '') -> torch.device:
     """The device called `name`, by default a GPU if there is one."""
     try:
         device = torch.device(name or ('cuda' if torch.cuda.is_available() else 'cpu'))
-        torch.empty(1, device=device)
+        torch.zeros(1, device=device).item()  # of meta there is none
     except (RuntimeError, AssertionError) as e:  # unknown to torch, or absent
         # the first sentence: torch goes on with a list of all that it might have been built for
         raise UserError(f'device {name!r} cannot be used: {first_line(e).partition(". ")[0]}') from e
@@ -82,20 +83,25 @@ def build_model(row: Row, num_classes: int, seed: int) -> nn.Module:
     torch.manual_seed(seed)
     try:
         return timm.create_model(name, num_classes=num_classes, **kwargs)
-    except (TypeError, ValueError) as e:
-        raise UserError(f'cannot create {name} with {row[1] or "its defaults"}: {e}') from e
+    except Exception as e:  # timm asserts, too
+        raise UserError(f'cannot create {name} with {row[1] or "its defaults"}: {one_line(e)}') from e
 
 
 def check_row(row: Row, data: StudyData) -> None:
-    """Raise a UserError for a model that cannot be created, or that does not take the images."""
-    model = build_model(row, data.num_classes, 0).eval()
+    """Raise a UserError for a model that cannot be created, or that does not train on the images."""
+    model = build_model(row, data.num_classes, 0)
+    images, labels = data.train.select(torch.arange(2) % len(data.train.labels))
     try:
-        with torch.no_grad():
-            model(data.test.images[:2].float())
+        logits = model(images.float())
+        if logits.shape != (2, data.num_classes):
+            raise ValueError(
+                f'its output for 2 images is of shape {tuple(logits.shape)}, that of a classifier would be of shape '
+                f'{(2, data.num_classes)}')
+        nn.functional.cross_entropy(logits, labels).backward()
     except Exception as e:
         raise UserError(
-            f'{row[0]} with {row[1] or "its defaults"} does not take images of shape '
-            f'{tuple(data.test.images.shape[1:])}: {first_line(e)}') from e
+            f'{row[0]} with {row[1] or "its defaults"} does not train on images of shape '
+            f'{tuple(images.shape[1:])}: {first_line(e)}') from e
 
 
 def initial_state(row: Row, first: Row, num_classes: int, seed: int) -> Dict[str, torch.Tensor]:
@@ -143,10 +149,10 @@ def run_study(
         and `common` what the attention is like at the end, see `Trainer.attention_statistics`.
 
     Raises:
-        RunsFailed: If runs failed on the cluster, once all others are finished.
+        RunsFailed: If runs failed, once all others are finished.
     """
     try:
-        import tqdm  # noqa: F401
+        from tqdm import tqdm
     except ImportError as e:
         raise missing_extra(e) from e
 
@@ -155,12 +161,14 @@ def run_study(
     rows, seeds = list({row_name(*row): row for row in study.rows}.values()), dict.fromkeys(study.seeds)
     whole = load_data(study.data_dir, input_size(rows), augmenters(workers), study.dataset, study.download)
     data = subset(whole, study.fraction, study.holdout)
-    for row in rows:  # all of its errors before the first run
+    for row in tqdm(rows, desc='checking', unit='row', leave=False, disable=None):  # before the first run
         check_row(row, data)
     store = Store(out)
     fingerprint = fingerprint_of(data)
     settings = {
         **asdict(recipe), 'data': fingerprint, 'fraction': study.fraction, 'holdout': study.holdout, 'first': rows[0]}
+    if study.dataset:
+        settings['dataset'] = study.dataset
     del settings['epochs']
     model, kwargs = store.settle(settings)['first']
     first = model, kwargs
@@ -192,7 +200,7 @@ def run_study(
 
 def augmenters(workers: Optional[int]) -> int:
     """Number of processes that prepare images, by default one less than there are cores."""
-    return max(1, (os.cpu_count() or 1) - 1) if workers is None else workers
+    return max(1, available_cores() - 1) if workers is None else workers
 
 
 def left_to_others(count: int) -> str:
@@ -249,11 +257,12 @@ class Session:
         """Run those of `runs` that no other process has, until the deadline.
 
         They are taken seed by seed, at most `parallel` at once, which advance side by side. What another process has
-        taken and not finished when it ends is taken, too.
+        taken and not finished when it ends is taken, too. Where one of several fails they go on one after another.
 
         Returns:
-            A line for each run that failed, of which there are none here: an error ends the study.
+            A line for each run that failed.
         """
+        failed: List[str] = []
         runs = sorted(runs, key=lambda run: run.seed)  # stable: rows stay in order
         warn_of_other_places(self.store.finished(self.setting.fingerprint).values(), self.about)
         while True:
@@ -266,22 +275,34 @@ class Session:
                 if not group:
                     if runs:
                         self.progress.write(left_to_others(len(runs)))
-                    return []
+                    return failed
                 if self._is_late():
-                    return []
+                    return failed
                 rows = {run.row for run in runs}
                 self.trainers = {row: trainer for row, trainer in self.trainers.items() if row in rows}
                 checkpoints = [self.store.load(run, self.setting.fingerprint) for run in group]
                 more = any(run.seed == group[0].seed and run not in group for run in runs)
                 try:
                     if not self.run_group(group, checkpoints, workers, more):
-                        return []
-                except RuntimeError as e:
-                    if 'DataLoader worker' not in str(e):
-                        raise
-                    raise UserError(f'a process that makes the images of the epochs has died, perhaps for want of '
-                                    f'memory: {first_line(e)} The same command continues after the last finished '
-                                    f'epoch; with fewer --workers it needs less memory, with 0 no process.') from e
+                        return failed
+                except UserError:
+                    raise
+                except Exception as e:
+                    if 'DataLoader worker' in str(e):
+                        raise UserError(
+                            f'a process that makes the images of the epochs has died, perhaps for want of memory: '
+                            f'{first_line(e)} The same command continues after the last finished epoch; with fewer '
+                            f'--workers it needs less memory, with 0 no process.') from e
+                    self.trainers.clear()  # which may have been too many for the memory
+                    for run in group:
+                        self.progress.leave(run)
+                    if len(group) > 1:
+                        parallel = 1
+                        self.progress.write(f'{one_line(e)}; goes on with one run at a time')
+                        continue
+                    self.progress.write(traceback.format_exc())
+                    failed.append(f'{group[0].row} seed {group[0].seed}: {one_line(e)}')
+                    runs = [run for run in runs if run is not group[0]]
 
     def _is_late(self) -> bool:
         """Whether an epoch more would end after the deadline; if so, it is said."""

@@ -16,10 +16,11 @@ import os
 import re
 import shutil
 import warnings
-from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple, Union
 
+import timm
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from ..errors import UserError, first_line
@@ -30,14 +31,15 @@ try:
 except ImportError:  # not there on Windows: one process to a folder
     fcntl = None
 
-__all__ = ['KINDS', 'NOT_RECIPE', 'Run', 'Store', 'find_result', 'read_lines', 'read_settings', 'row_name']
+__all__ = [
+    'KINDS', 'NOT_RECIPE', 'Run', 'Store', 'find_classes', 'find_result', 'read_lines', 'read_settings', 'row_name']
 
 # the line of a run, and what is of which type
 KINDS = {
     'model': str, 'kwargs': dict, 'seed': int, 'epochs': int, 'best': (int, float), 'final': (int, float), 'top1': list,
     'loss': list, 'seconds': (int, float), 'device': str, 'versions': dict, 'commit': str, 'data': str}
 
-NOT_RECIPE = ('data', 'fraction', 'holdout', 'first')  # what study.json holds beside the recipe
+NOT_RECIPE = ('data', 'dataset', 'fraction', 'holdout', 'first')  # what study.json holds beside the recipe
 
 
 class Run(NamedTuple):
@@ -103,7 +105,8 @@ class Store:
                 write_file(path, json.dumps(settings, indent=2) + '\n')
                 return settings
         differ = [
-            key for key in dict.fromkeys([*settings, *old]) if key != 'first' and settings.get(key) != old.get(key)
+            key for key in dict.fromkeys([*settings, *old])
+            if key not in ('first', 'dataset') and settings.get(key) != old.get(key)  # `data` says what images
             and not (key == 'data' and same_images(settings[key], old.get(key, '')))]
         if differ:  # also in what one of two versions of timm-sot does not have
             listed = ', '.join(f'{key} {old.get(key)} there, {settings.get(key)} here' for key in differ)
@@ -297,6 +300,21 @@ def find_result(path: str) -> Optional[Tuple[Dict[str, Any], List[Dict[str, Any]
     return None
 
 
+def find_classes(path: str, model: str) -> Dict[str, int]:
+    """The argument `num_classes` with which a study made the model of the weights at `path`, if not its default.
+
+    The classes are those of the images, and no argument of the row. The size of the head says how many there were.
+    """
+    cfg = timm.get_pretrained_cfg(model)
+    names = getattr(cfg, 'classifier', None) or ()
+    with contextlib.suppress(SafetensorError), safe_open(path, 'pt') as f:
+        for name in [names] if isinstance(names, str) else names:
+            if f'{name}.weight' in f.keys():
+                found = f.get_slice(f'{name}.weight').get_shape()[0]
+                return {} if found == cfg.num_classes else {'num_classes': found}
+    return {}
+
+
 def is_complete(result: Any) -> bool:
     """Whether it is what the line of a finished run holds; raises TypeError where it is nothing of the kind."""
     return (
@@ -323,7 +341,7 @@ def read_settings(path: str) -> Dict[str, Any]:
         FileNotFoundError: If there is none.
         UserError: If it holds something else.
     """
-    with open(path) as f:
+    with open(path, encoding='utf-8') as f:
         try:
             settings = json.load(f)
             model, kwargs = settings['first']
@@ -336,10 +354,10 @@ def read_settings(path: str) -> Dict[str, Any]:
     return settings
 
 
-def write_file(path: str, content) -> None:
-    """Write a file that is there whole or not at all."""
-    with open(path + '.tmp', 'w' if isinstance(content, str) else 'wb') as f:
-        f.write(content)
+def write_file(path: str, content: Union[str, bytes]) -> None:
+    """Write a file, text as UTF-8, that is there whole or not at all."""
+    with open(path + '.tmp', 'wb') as f:
+        f.write(content.encode() if isinstance(content, str) else content)
         f.flush()
         os.fsync(f.fileno())
     os.replace(path + '.tmp', path)

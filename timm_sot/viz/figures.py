@@ -4,6 +4,7 @@ Each function runs the models that it is given and returns a matplotlib Figure. 
 their axes and colours, so they can be compared. Models are in evaluation mode while they are looked at, whatever mode
 they are in otherwise; `dropout=True` switches the dropout of the attention weights on, and nothing else.
 """
+import math
 from contextlib import contextmanager
 from typing import Dict, Iterator, List, Mapping, Optional, Sequence, Tuple, Union
 
@@ -11,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import nn
+from tqdm import tqdm
 
 try:
     from matplotlib.figure import Figure
@@ -415,7 +417,7 @@ def draw_entropies(ax, by_layer: Dict[str, torch.Tensor], most: int) -> None:
 
 def relative_entropy(value: float) -> str:
     """A number with its distance from 1 where four digits would not show any."""
-    if value < 0.9995:
+    if value < 0.9995 or math.isnan(value):  # of a single token
         return f'{value:.3f}'
     return f'1−{1 - value:.0e}'.replace('e-0', 'e−') if value < 1 - 1e-6 else '>1−1e−6'
 
@@ -428,7 +430,7 @@ def entropies(
 ) -> Dict[str, torch.Tensor]:
     """Entropies relative to uniform attention, by layer, (images, H, N)."""
     batches: Dict[str, List[torch.Tensor]] = {}
-    for start in range(0, len(images), batch_size):
+    for start in tqdm(range(0, len(images), batch_size), unit='batch', delay=1., leave=False, disable=None):
         x = input_of(model, images[start:start + batch_size])
         with evaluation(model, dropout):
             for key, values in attention_entropy(model, x).items():
@@ -524,6 +526,8 @@ def sot_settings(layer: nn.Module, name: str, with_reg: bool = True) -> str:
     settings = [] if layer.variant in name else [layer.variant]
     if with_reg:
         settings.append('reg learned' if layer.learned else f'reg {layer.reg:g}')
+    if layer.operands and layer.distance != 'euclidean':
+        settings.append(f'{layer.distance} distance')
     if layer.iters != 10:
         settings.append(f'{layer.iters} iterations')
     if layer.tol is not None:

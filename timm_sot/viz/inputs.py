@@ -10,10 +10,12 @@ from timm.data import create_transform, get_img_extensions, resolve_model_data_c
 from timm.layers import to_2tuple
 from torch import nn
 
+from ..digits import load_digits
 from ..errors import UserError, first_line, one_line, unknown_model
 from ..patch import attention_layers
 
-__all__ = ['digits', 'find_images', 'load_image', 'load_models', 'model_input', 'shown_pixels', 'token_grid']
+__all__ = [
+    'digits', 'find_images', 'input_size', 'load_image', 'load_models', 'model_input', 'shown_pixels', 'token_grid']
 
 
 def load_models(
@@ -46,9 +48,11 @@ def load_models(
     models = {}
     for name, checkpoint, recorded in zip(names, checkpoints or [''] * len(names), recorded_kwargs or repeat({})):
         torch.manual_seed(seed)
-        model, trained = load_model(name, checkpoint, untrained, {**recorded, **(model_kwargs or {})})
+        model, trained = load_model(name, checkpoint, untrained, model_kwargs or {}, recorded)
         # the figures themselves say the settings of SOT attention
-        notes = [f'{key}={value}' for key, value in (model_kwargs or {}).items() if not key.startswith('sot_')]
+        notes = [
+            f'{key}={value}' for key, value in {**recorded, **(model_kwargs or {})}.items()
+            if not key.startswith('sot_') and not (key == 'num_classes' and key in recorded)]
         if names.count(name) > 1 and checkpoint:
             notes.append(checkpoint)
         if not trained:
@@ -60,8 +64,14 @@ def load_models(
     return models
 
 
-def load_model(name: str, checkpoint: str, untrained: bool, model_kwargs: Dict[str, Any]) -> Tuple[nn.Module, bool]:
-    """A model in evaluation mode, and whether it has been trained."""
+def load_model(
+        name: str,
+        checkpoint: str,
+        untrained: bool,
+        model_kwargs: Dict[str, Any],
+        recorded: Dict[str, Any],
+) -> Tuple[nn.Module, bool]:
+    """A model in evaluation mode, and whether it has been trained; the arguments are those of `load_models`."""
     source, _, place = name.partition(':')
     if source == 'local-dir' and not os.path.isfile(os.path.join(place, 'config.json')):
         raise UserError(f'{place} is not a folder with a config.json; local-dir: takes what timm saves for the Hub.')
@@ -70,7 +80,12 @@ def load_model(name: str, checkpoint: str, untrained: bool, model_kwargs: Dict[s
     if checkpoint and not os.path.isfile(checkpoint):
         raise UserError(f'there is no checkpoint {checkpoint}.')
 
-    overlay = dict(pretrained_cfg_overlay=dict(file=checkpoint)) if checkpoint else {}
+    overlay = {}
+    if checkpoint:
+        overlay['pretrained_cfg_overlay'] = dict(file=checkpoint)
+        if 'num_classes' in recorded:  # else timm takes the head for one of other classes
+            overlay['pretrained_cfg_overlay']['num_classes'] = recorded['num_classes']
+    model_kwargs = {**recorded, **model_kwargs}
     default = bool(place) or timm.models.is_model_pretrained(name)
     trained = bool(checkpoint) or default and not untrained
     if trained and not checkpoint and not place:
@@ -85,6 +100,9 @@ def load_model(name: str, checkpoint: str, untrained: bool, model_kwargs: Dict[s
         if trained and not checkpoint and not isinstance(e, (TypeError, ValueError)):  # those are about arguments
             hint = ' (--checkpoint or --untrained do without them)'
         raise UserError(f'cannot create {name} with {what}{also}: {one_line(e)}{hint}') from e
+    bad = [key for key, value in model.state_dict().items() if not value.isfinite().all()]
+    if bad:
+        raise UserError(f'{checkpoint or name} holds values that are not finite, in {bad[0]}; its training diverged.')
     return model.eval(), trained
 
 
@@ -128,14 +146,14 @@ def find_images(path: str) -> List[Tuple[str, str]]:
 def digits() -> List[Tuple[str, Image.Image]]:
     """Names and images of the handwritten digits that scikit-learn ships, 32x32 pixels."""
     try:
-        from sklearn.datasets import load_digits
+        images, labels = load_digits((32, 32))
     except ImportError as e:
         raise UserError(
             "without --image the images are digits of scikit-learn; install it with: pip install 'timm-sot[viz]'"
         ) from e
-    pixels, labels = load_digits(return_X_y=True)  # (1797, 64), 0 to 16
-    images = (Image.fromarray((x.reshape(8, 8) * 15.9).astype('uint8')).resize((32, 32)).convert('RGB') for x in pixels)
-    return [(f'{i} of the digits, a {label}', image) for i, (label, image) in enumerate(zip(labels, images))]
+    return [
+        (f'{i} of the digits, a {label}', Image.fromarray(image.numpy()).convert('RGB'))
+        for i, (label, (image,)) in enumerate(zip(labels.tolist(), images))]
 
 
 def model_input(model: nn.Module, image: Image.Image) -> torch.Tensor:
@@ -155,14 +173,20 @@ def shown_pixels(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
 def data_config(model: nn.Module) -> Dict[str, Any]:
     """timm's data config of a model, with the image size and channels that it was really built for."""
     config = resolve_model_data_config(model)
-    channels, *size = config['input_size']
-    for module in (model, getattr(model, 'patch_embed', None)):
-        size = to_2tuple(getattr(module, 'img_size', None) or size)
-    channels = getattr(model, 'in_chans', channels)
+    config['input_size'] = input_size(model, config['input_size'])
+    channels = config['input_size'][0]
     if channels != len(config['mean']):
         config['mean'], config['std'] = (
             (sum(config[name]) / len(config[name]),) * channels for name in ('mean', 'std'))
-    return {**config, 'input_size': (channels, *size)}
+    return config
+
+
+def input_size(model: nn.Module, configured: Tuple[int, int, int]) -> Tuple[int, int, int]:
+    """Channels, height and width that a model was really built for, as far as it says, or else as configured."""
+    channels, *size = configured
+    for module in (model, getattr(model, 'patch_embed', None)):
+        size = to_2tuple(getattr(module, 'img_size', None) or size)
+    return getattr(model, 'in_chans', channels), *size
 
 
 def token_grid(model: nn.Module, num_tokens: int) -> Tuple[int, int]:

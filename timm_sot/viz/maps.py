@@ -182,7 +182,7 @@ def common_part(weights: torch.Tensor) -> torch.Tensor:
     differences = rows_of_sum_one(weights) - 1 / weights.shape[-1]
     common = differences.mean(dim=-2).square().sum(dim=-1)
     total = differences.square().sum(dim=-1).mean(dim=-1)
-    return torch.where(total > 0, common / total, 0.)
+    return torch.where(total == 0, 0., common / total)  # NaN of weights that are NaN
 
 
 def rows_of_sum_one(weights: torch.Tensor) -> torch.Tensor:
