@@ -16,6 +16,7 @@ from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 from kernels import (
+    BARS,
     DEVICE,
     HAS_CUDA,
     PATHS,
@@ -194,6 +195,31 @@ def test_nearly_equal_tokens(path, groups, spread, distance, bound):
     assert error(out, wanted_out) < 1e-3
     for x, y in zip(gradients, wanted):
         assert error(x, y) < (1e-4 if path == 'cpu' else bound)
+
+
+@pytest.mark.parametrize('distance', ['euclidean', 'cosine'])
+@pytest.mark.parametrize('dtype', BARS)
+@pytest.mark.parametrize('path', PATHS)
+def test_equal_tokens_have_no_gradient(path, dtype, distance):
+    """Not what rounding leaves of their distances, divided by the largest of it."""
+    q, _, v, grad = make_inputs(2, 1, 20, 32, dtype, device=device_of(path))
+    q = q[:, :, :1].expand_as(q).contiguous()
+    _, dq, _, dv = run(path, q, q, v, grad, 'sot_q', distance=distance)
+    assert not dq.any() and dv.any()
+    _, dq, dk, _ = run(path, q, q.clone(), v, grad, 'sot_qk', distance=distance)
+    assert not dq.any() and not dk.any()
+
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize('variant', ['sot_q', 'sot_qk'])
+@pytest.mark.parametrize('path', PATHS)
+def test_close_directions(path, variant, dtype):
+    """What is subtracted of the gradients cancels term by term, as rounded."""
+    q, k, v, grad = make_inputs(1, 2, 20, 32, dtype, device=device_of(path))
+    q, k = q[:, :, :1] + 0.03 * q, q[:, :, :1] + 0.03 * k
+    assert_close(
+        run(path, q, k, v, grad, variant, iters=5, distance='cosine'),
+        expected(q, k, v, grad, variant, iters=5, distance='cosine'), dtype)
 
 
 @pytest.mark.skipif(not fused.cpu_works(), reason='needs numba')

@@ -50,6 +50,16 @@ def test_half(path, dtype):
     assert_close(run(path, *tensors), expected(*tensors), dtype)
 
 
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
+@ON_QUICK
+def test_close_directions(path, dtype):
+    """What is subtracted of the gradients cancels term by term, as rounded."""
+    q, k, *others = inputs(path, 1, 2, 20, 32, dtype, share=0.)
+    q, k = q[:, :, :1] + 0.03 * q, q[:, :, :1] + 0.03 * k
+    actual, wanted = run(path, q, k, *others), expected(q, k, *others)
+    assert_close(actual[:4], wanted[:4], dtype)
+
+
 @pytest.mark.parametrize('share', [0., 1., 1e3, 1e30])
 @pytest.mark.parametrize('reg', [MIN_REG, 0.1, 1e3])
 @pytest.mark.parametrize('dtype', BARS)

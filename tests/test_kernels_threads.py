@@ -113,6 +113,66 @@ print(os.waitstatus_to_exitcode(os.wait()[1]))
     assert result.stdout.strip() == '2', result.stderr
 
 
+@pytest.mark.skipif(not hasattr(os, 'fork'), reason='needs signals')
+def test_signals_come_through():
+    """What their handlers raise, at whatever moment; a call that returns has computed everything."""
+    code = '''
+import signal, time, torch
+from timm_sot.kernels.threads import LEAST_WORK, run_in_threads
+torch.set_num_threads(2)
+raised = caught = 0
+armed = False
+
+class Interrupt(Exception):
+    pass
+
+def handler(*args):
+    global armed, raised
+    if armed:
+        armed = False
+        raised += 1
+        raise Interrupt
+
+def count(first, last):
+    parts.append(last - first)
+
+signal.signal(signal.SIGALRM, handler)
+signal.setitimer(signal.ITIMER_REAL, 1e-4, 1e-4)
+end = time.monotonic() + 2
+while time.monotonic() < end:
+    try:
+        armed = True
+        for _ in range(100):
+            parts = []
+            run_in_threads(count, 4, LEAST_WORK)
+            assert sum(parts) == 4
+        armed = False
+    except Interrupt:
+        caught += 1
+signal.setitimer(signal.ITIMER_REAL, 0)
+print(raised > 1000, raised - caught)
+'''
+    result = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
+    assert result.stdout.split() == ['True', '0'] and not result.stderr, result.stdout + result.stderr
+
+
+@pytest.mark.slow
+def test_loops_that_are_not_compiled(tmp_path):
+    """NUMBA_DISABLE_JIT is for debugging other packages; ours need what numba makes of them."""
+    code = '''
+import warnings, torch
+from timm_sot import SOTAttention
+layer, x = SOTAttention(32, 2), torch.randn(2, 9, 32)
+with warnings.catch_warnings(record=True) as seen:
+    warnings.simplefilter('always')
+    layer(x).sum().backward()
+print(*(w.message for w in seen if 'numba' in str(w.message)), sep='\\n')
+'''
+    environment = {**os.environ, 'NUMBA_DISABLE_JIT': '1'}
+    result = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, env=environment)
+    assert result.returncode == 0 and 'NUMBA_DISABLE_JIT is set' in result.stdout, result.stderr
+
+
 @pytest.mark.slow
 def test_numba_that_does_not_import(tmp_path):
     """All runs in plain torch, compiled too, after one warning that says why."""

@@ -20,7 +20,7 @@ from .transform import (
     autocast_disabled,
     check_transform_args,
     compute_dtype,
-    pairwise_distance,
+    pairwise_cost,
     sot_matrix,
     unit_rows,
 )
@@ -172,13 +172,12 @@ def _shares_attention_weights(
 
 def cosine_scores(x: torch.Tensor, y: torch.Tensor, reg: torch.Tensor) -> torch.Tensor:
     """cos(x_i, y_j) / reg up to a constant, (B, H, N, D), (B, H, N, D), (H, 1, 1) -> (B, H, N, N)."""
-    x, y = unit_rows(x), unit_rows(y)
     if torch.jit.is_scripting():  # autocast, which TorchScript cannot turn off, leaves distances in float32
-        return pairwise_distance(x, y).square() / (-2. * reg)
+        return pairwise_cost(x, y, 'cosine', None) / -reg
     elif torch.jit.is_tracing():
-        return pairwise_distance(x, y).square() / (-2. * reg)
+        return pairwise_cost(x, y, 'cosine', None) / -reg
     else:
-        return x / reg @ y.transpose(-2, -1)
+        return unit_rows(x) / reg @ unit_rows(y).transpose(-2, -1)
 
 
 @torch.fx.wrap

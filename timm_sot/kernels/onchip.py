@@ -37,8 +37,9 @@ LOWEST_RANDOM = -2 ** 31  # the random numbers are signed
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 
-# What tf32x3 leaves of the squared distance of equal rows of float32, as a part of their squared norms: the products
-# of what is below tf32, and the rounding of the sums. Rows that differ by less count as equal.
+# What rounding leaves of the squared distance of equal rows, as a part of their squared norms (so of 1 less the cosine):
+# that of the sums, and of float32 in tf32x3 the products of what is below tf32. Rows that differ by less count as equal;
+# a row of such remainders alone would be divided by the largest of them.
 NEGLIGIBLE = tl.constexpr(4e-7)
 
 
@@ -95,11 +96,11 @@ def _costs(
         yy = tl.sum(y.to(tl.float32) * y.to(tl.float32), 1)
     if COSINE:
         costs = 1. - gram * _inverse(tl.sqrt(xx))[:, None] * _inverse(tl.sqrt(yy))[None, :]
-        costs = _not_negative(costs)
+        costs = tl.where(costs < NEGLIGIBLE, 0., costs)
     else:
         norms = xx[:, None] + yy[None, :]
         squares = norms - 2. * gram
-        if x.dtype == tl.float32 and not SELF:
+        if not SELF:
             squares = tl.where(squares < norms * NEGLIGIBLE, 0., squares)
         costs = tl.sqrt(_not_negative(squares))
     if not EVEN:
@@ -395,8 +396,6 @@ def _backward_kernel(
     if COSINE:
         inv_x = _inverse(tl.sqrt(xx))
         inv_y = _inverse(tl.sqrt(yy))
-        pull_x = inv_x * inv_x * tl.sum(grad * (1. - costs), 1)
-        pull_y = inv_y * inv_y * tl.sum(grad * (1. - costs), 0)
         grad = grad * inv_x[:, None] * inv_y[None, :]
     else:
         grad *= tl.where(costs == 0., 0., _reciprocal(costs))
@@ -408,8 +407,12 @@ def _backward_kernel(
         rounded = grad
     else:
         rounded = grad.to(x.dtype)
-    if not COSINE:
-        # of the rounded entries: what is subtracted below cancels to differences x_i - y_j term by term
+    # of the rounded entries: what is subtracted below cancels term by term, to differences x_i - y_j
+    if COSINE:
+        along = rounded.to(tl.float32) * (1. - costs)
+        pull_x = inv_x * tl.sum(along * _inverse(inv_y)[None, :], 1)
+        pull_y = inv_y * tl.sum(along * _inverse(inv_x)[:, None], 0)
+    else:
         pull_x = tl.sum(rounded.to(tl.float32), 1)
         pull_y = tl.sum(rounded.to(tl.float32), 0)
     grad_x = pull_x[:, None] * x.to(tl.float32) - tl.dot(rounded, y, input_precision=PRECISION)

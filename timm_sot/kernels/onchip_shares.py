@@ -195,8 +195,6 @@ def _backward_kernel(
     cosines, inv_x, inv_y = _cosines(x, y, PRECISION)
     tl.store(grad_scale_ptr + problem, tl.sum(tl.sum(grad * (cosines - 1.), 1), 0))
     grad *= scale
-    pull_x = inv_x * inv_x * tl.sum(grad * cosines, 1)
-    pull_y = inv_y * inv_y * tl.sum(grad * cosines, 0)
     grad = grad * inv_x[:, None] * inv_y[None, :]
     if x.dtype == tl.float16:
         # 1 / length leaves the range of float16: tensor cores in tf32, which holds float16 exactly
@@ -205,6 +203,10 @@ def _backward_kernel(
         rounded = (grad.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
     else:
         rounded = grad.to(x.dtype)
+    # of the rounded entries: what is subtracted below cancels term by term
+    along = rounded.to(tl.float32) * cosines
+    pull_x = inv_x * tl.sum(along * _inverse(inv_y)[None, :], 1)
+    pull_y = inv_y * tl.sum(along * _inverse(inv_x)[:, None], 0)
     grad_x = tl.dot(rounded, y, input_precision=PRECISION) - pull_x[:, None] * x.to(tl.float32)
     _store(grad_q_ptr + grad_offset, grad_x, H * D, 1, N, D, EVEN, BLOCK_N, BLOCK_D)
     grad_y = tl.dot(tl.trans(rounded), x, input_precision=PRECISION) - pull_y[:, None] * y.to(tl.float32)

@@ -18,7 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .onchip import LOG2_E, LOWEST_RANDOM, _inverse, _not_negative, _signed
+from .onchip import LOG2_E, LOWEST_RANDOM, NEGLIGIBLE, _inverse, _not_negative, _signed
 from .operands import dropout_numbers, empty_gradients, empty_heads, matched_points, unit_stride
 
 __all__ = ['empty_saved', 'sot_attention_forward', 'sot_attention_backward']
@@ -58,7 +58,8 @@ def _costs(x, y, xx, yy, COSINE: tl.constexpr, PRECISION: tl.constexpr):
     """Distances of the rows of x and y with squared norms xx and yy."""
     gram = tl.dot(x, tl.trans(y), input_precision=PRECISION)
     if COSINE:
-        return _not_negative(1. - gram * _inverse(tl.sqrt(xx))[:, None] * _inverse(tl.sqrt(yy))[None, :])
+        costs = 1. - gram * _inverse(tl.sqrt(xx))[:, None] * _inverse(tl.sqrt(yy))[None, :]
+        return tl.where(costs < NEGLIGIBLE, 0., costs)
     else:
         return tl.sqrt(_not_negative(xx[:, None] + yy[None, :] - 2. * gram))
 
@@ -548,7 +549,6 @@ def _cost_gradient_kernel(
             is_max = j[None, :] == tl.load(row_max_index_ptr + vectors + i, mask=i < N, other=-1)[:, None]
             grad += tl.where(is_max, _vector(grad_max_ptr + vectors, i, N)[:, None], 0.)
         if COSINE:
-            pull += tl.sum(grad * (1. - costs), AXIS)
             grad *= _inverse(tl.sqrt(xx))[:, None] * _inverse(tl.sqrt(yy))[None, :]
         else:
             grad = tl.where(costs == 0., 0., grad / tl.where(costs == 0., 1., costs))
@@ -559,8 +559,11 @@ def _cost_gradient_kernel(
             moving = moving.to(tl.float32)
         else:
             rounded = grad.to(moving.dtype)
-        if not COSINE:
-            # of the rounded entries: what is subtracted cancels to differences x_i - y_j term by term
+        # of the rounded entries: what is subtracted cancels term by term, to differences x_i - y_j
+        if COSINE:
+            lengths = tl.sqrt(yy)[None, :] if AXIS == 1 else tl.sqrt(xx)[:, None]
+            pull += tl.sum(rounded.to(tl.float32) * (1. - costs) * lengths, AXIS)
+        else:
             pull += tl.sum(rounded.to(tl.float32), AXIS)
         if AXIS == 1:
             out -= tl.dot(rounded, moving, input_precision=PRECISION)
@@ -570,19 +573,18 @@ def _cost_gradient_kernel(
     fixed = (x if AXIS == 1 else y).to(tl.float32)
     if COSINE:
         inv_norm = _inverse(tl.sqrt(_vector((xx_ptr if AXIS == 1 else yy_ptr) + vectors, own, N)))
+        pull *= inv_norm
     if AXIS == 1:
         tl.store(grad_max_ptr + vectors + own, grad_max, mask=own < N)
         row_max = _vector(row_max_ptr + vectors, own, N)
         index = tl.load(row_max_index_ptr + vectors + own, mask=own < N, other=0)
         farthest = _load(y_ptr, index, stride_yn, stride_yd, N, D, BLOCK_D).to(tl.float32)
         if COSINE:
-            pull += grad_max * (1. - row_max)
+            pull += grad_max * (1. - row_max) * inv_norm * inv_norm
             farthest_norm = _inverse(tl.sqrt(tl.load(yy_ptr + vectors + index)))
             out -= (grad_max * inv_norm * farthest_norm)[:, None] * farthest
         else:
             out += (grad_max * _inverse(row_max))[:, None] * (fixed - farthest)
-    if COSINE:
-        pull *= inv_norm * inv_norm
     out += pull[:, None] * fixed
     offset = (batch * N * H + head) * D
     if ADD:

@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .onchip import LOG2_E, LOWEST_RANDOM
+from .onchip import LOG2_E, LOWEST_RANDOM, _inverse
 from .operands import dropout_numbers, empty_heads, unit_stride
 from .streamed import BLOCK, _dropout_factor, _load, _place, _store, _vector, empty_saved
 
@@ -331,7 +331,6 @@ def _cosine_gradient_kernel(
         if AXIS == 1:
             grad_scale += tl.sum(grad * (cosines - 1.), 1)
         grad *= scale
-        pull += tl.sum(grad * cosines, AXIS)
         grad *= inv_x[:, None] * inv_y[None, :]
         moving = y if AXIS == 1 else x
         if moving.dtype == tl.float16:
@@ -340,6 +339,9 @@ def _cosine_gradient_kernel(
             moving = moving.to(tl.float32)
         else:
             rounded = grad.to(moving.dtype)
+        # of the rounded entries: what is subtracted below cancels term by term
+        lengths = _inverse(inv_y)[None, :] if AXIS == 1 else _inverse(inv_x)[:, None]
+        pull += tl.sum(rounded.to(tl.float32) * cosines * lengths, AXIS)
         if AXIS == 1:
             out += tl.dot(rounded, moving, input_precision=PRECISION)
         else:
@@ -349,7 +351,7 @@ def _cosine_gradient_kernel(
         tl.store(grad_scale_ptr + vectors + own, grad_scale, mask=own < N)
     inv_length = _vector((inv_x_ptr if AXIS == 1 else inv_y_ptr) + vectors, own, N)
     fixed = (x if AXIS == 1 else y).to(tl.float32)
-    out -= (pull * inv_length * inv_length)[:, None] * fixed
+    out -= (pull * inv_length)[:, None] * fixed
     _store(out_ptr + (batch * N * H + head) * D, out, own, H * D, 1, N, D, BLOCK_D)
 
 

@@ -82,12 +82,12 @@ def _costs(x, y, norms_y, COSINE: tl.constexpr, PRECISION: tl.constexpr):
     gram = tl.dot(x, tl.trans(y), input_precision=PRECISION)
     norms_x = _norms(x, COSINE)
     if COSINE:
-        return _not_negative(1. - gram * norms_x[:, None] * norms_y[None, :])
+        costs = 1. - gram * norms_x[:, None] * norms_y[None, :]
+        return tl.where(costs < NEGLIGIBLE, 0., costs)
     else:
         norms = norms_x[:, None] + norms_y[None, :]
         squares = norms - 2. * gram
-        if x.dtype == tl.float32:
-            squares = tl.where(squares < norms * NEGLIGIBLE, 0., squares)
+        squares = tl.where(squares < norms * NEGLIGIBLE, 0., squares)
         return tl.sqrt(_not_negative(squares))
 
 
@@ -527,8 +527,6 @@ def _cost_gradient_kernel(
         # grad_x_i = pull_i x_i - sum_j grad_ij y_j, and the same for y
         if COSINE:
             inv_x = _norms(x, COSINE)
-            pull_x = inv_x * inv_x * tl.sum(grad * (1. - costs), 1)
-            pull_y += norms * norms * tl.sum(grad * (1. - costs), 0)
             grad = grad * inv_x[:, None] * norms[None, :]
         else:
             grad *= tl.where(costs == 0., 0., _reciprocal(costs))
@@ -541,8 +539,12 @@ def _cost_gradient_kernel(
             rounded = grad.to(x.dtype)
             near = x
             far = y
-        if not COSINE:
-            # of the rounded entries: what is subtracted cancels to differences x_i - y_j term by term
+        # of the rounded entries: what is subtracted cancels term by term, to differences x_i - y_j
+        if COSINE:
+            along = rounded.to(tl.float32) * (1. - costs)
+            pull_x = inv_x * tl.sum(along * _inverse(norms)[None, :], 1)
+            pull_y += norms * tl.sum(along * _inverse(inv_x)[:, None], 0)
+        else:
             pull_x = tl.sum(rounded.to(tl.float32), 1)
             pull_y += tl.sum(rounded.to(tl.float32), 0)
         grad_x = pull_x[:, None] * x.to(tl.float32) - tl.dot(rounded, far, input_precision=PRECISION)

@@ -6,7 +6,7 @@ import importlib.util
 import os
 import warnings
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Callable, Optional
+from typing import Any, Callable, Optional, Tuple
 
 import torch
 
@@ -24,6 +24,8 @@ def loops_work() -> bool:
     if importlib.util.find_spec('numba') is None:
         return False
     try:
+        if importlib.import_module('numba').config.DISABLE_JIT:
+            raise RuntimeError('NUMBA_DISABLE_JIT is set')
         importlib.import_module(f'{__package__}.cpu_loops')
     except Exception as e:  # an installed numba does not import where it does not fit numpy, for one
         warnings.warn(
@@ -35,21 +37,23 @@ def loops_work() -> bool:
 
 
 @functools.lru_cache(maxsize=None)
-def _openmp() -> Optional[Callable[..., None]]:
-    """`GOMP_parallel(function, argument, threads, flags)` of the OpenMP runtime that torch runs on, if it has one.
+def _openmp() -> Optional[Tuple[Callable[..., None], Callable[[], None]]]:
+    """What begins and ends a parallel region in the OpenMP runtime that torch runs on, if it has them.
 
-    It is what GNU's compilers make of `#pragma omp parallel`, and so in their runtime and in those that stand in for
-    it.
+    `GOMP_parallel_start(function, argument, threads)`, after which this thread belongs to the team and the others run
+    the function, and `GOMP_parallel_end()`, which waits for them. GNU's compilers made `#pragma omp parallel` of these,
+    and so they are in their runtime and in those that stand in for it.
     """
     if not torch.backends.openmp.is_available():
         return None
     try:
-        parallel = ctypes.CDLL(torch._C.__file__).GOMP_parallel  # of what torch itself is linked to
+        runtime = ctypes.CDLL(torch._C.__file__)  # what torch itself is linked to
+        start, end = runtime.GOMP_parallel_start, runtime.GOMP_parallel_end
     except (OSError, AttributeError):
         return None
-    parallel.argtypes = [_REGION, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
-    parallel.restype = None
-    return parallel
+    start.argtypes, end.argtypes = [_REGION, ctypes.c_void_p, ctypes.c_uint], []
+    start.restype = end.restype = None
+    return start, end
 
 
 def run_in_threads(loops: Callable[..., None], problems: int, work: int, *args: Any) -> None:
@@ -83,9 +87,15 @@ def run_in_threads(loops: Callable[..., None], problems: int, work: int, *args: 
             except BaseException as e:  # nothing can be raised through the runtime
                 errors.append(e)
 
-    parallel = _openmp()
-    if parallel is not None and os.getpid() == _PROCESS:
-        parallel(_REGION(run_parts), None, team, 0)  # another size of the team would make the runtime start threads
+    openmp = _openmp()
+    if openmp is not None and os.getpid() == _PROCESS:
+        start, end = openmp
+        region = _REGION(run_parts)
+        try:
+            start(region, None, team)  # another size of the team would make the runtime start threads
+            run_parts()  # not as a callback, through which what a handler of signals raises would not come
+        finally:
+            end()
     else:
         with ThreadPoolExecutor(threads - 1) as pool:
             for _ in range(threads - 1):
