@@ -129,6 +129,7 @@ def test_classes_are_those_of_the_images(tmp_path, folder, model, kwargs, classe
     assert f'- Classes: {classes}' in card.text and 'Changed since training' not in card.text
     assert f'num_classes={classes} --seed' not in card.text, 'study takes them from the images'
     assert f'{result["final"]:.2f} after the last epoch' in card.text
+    assert ('A Compact Convolutional Transformer with `' in card.text) == model.startswith('cct')
 
     monkeypatch.chdir(tmp_path)
     assert main(['attention', 'compare', '--models', model, '--checkpoint', str(checkpoint)]) == 0

@@ -8,8 +8,7 @@ from timm.models import save_for_hf, vision_transformer
 
 from timm_sot import SOTAttention, apply_sot
 from timm_sot.attention import VARIANTS
-from timm_sot.cct import update_model_args
-from timm_sot.layers import NAMED_LAYERS
+from timm_sot.layers import NAMED_LAYERS, get_model_args, update_model_args
 
 pytestmark = pytest.mark.skipif(
     not hasattr(vision_transformer, 'ATTN_LAYERS'), reason='needs the names of timm 1.0.23')
@@ -54,3 +53,31 @@ def test_saved_with_its_attention(tmp_path):
     loaded = timm.create_model(f'local-dir:{tmp_path}', pretrained=True).eval()
     x = torch.randn(2, 3, 160, 160)
     assert torch.equal(loaded(x), model(x)) and loaded.blocks[0].attn.variant == 'sot_shares'
+
+
+@pytest.mark.skipif(update_model_args is None, reason='needs the saved arguments of timm 1.0.31')
+@pytest.mark.parametrize('before', ['', 'sot_qk', 'sot_shares'])
+@pytest.mark.parametrize('after', ['softmax', 'sot_q_nosoftmax', 'sot_shares'])
+def test_saved_with_the_attention_that_apply_sot_gave_it(tmp_path, before, after):
+    model = apply_sot(timm.create_model('test_vit', img_size=32, attn_layer=before or 'attn'), after).eval()
+    save_for_hf(model, tmp_path)
+    loaded = timm.create_model(f'local-dir:{tmp_path}', pretrained=True).eval()
+    x = torch.randn(2, 3, 32, 32)
+    assert torch.equal(loaded(x), model(x))
+
+
+@pytest.mark.skipif(update_model_args is None, reason='needs the saved arguments of timm 1.0.31')
+@pytest.mark.parametrize('kwargs', [dict(reg=0.5), dict(blocks=[0])])
+def test_attention_without_a_name_is_saved_without_one(tmp_path, kwargs):
+    """Of a model that had one, too: it would say what is not so."""
+    for before in ('attn', 'sot_q'):
+        model = apply_sot(timm.create_model('test_vit', img_size=32, attn_layer=before), 'sot_qk', **kwargs)
+        assert get_model_args(model)['attn_layer'] == 'attn'
+    untouched = timm.create_model('test_vit', img_size=32)
+    assert 'attn_layer' not in get_model_args(apply_sot(untouched, 'softmax'))
+
+
+def test_softmax_has_a_name_as_well():
+    """So that a sweep over the variants needs no other word for it."""
+    model = timm.create_model('test_vit', attn_layer='softmax')
+    assert {type(block.attn) for block in model.blocks} == {timm.layers.Attention}

@@ -1,9 +1,14 @@
 import os
+import random
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
+import timm
+import torch
 import yaml
+from PIL import Image
 from timm.scheduler import create_scheduler_v2
 from timm_scripts import TRAIN_OPTIONS, VALIDATE_OPTIONS
 
@@ -32,10 +37,25 @@ def test_every_recipe_registers_the_models_itself(name):
 def test_the_300_epoch_recipe_is_the_published_one():
     published = dict(
         opt='adamw', lr=55e-5, weight_decay=6e-2, sched='cosine', min_lr=1e-5, warmup_epochs=10, warmup_lr=1e-5,
-        cooldown_epochs=10, aa='rand-m9-mstd0.5-inc1', mixup=0.8, cutmix=1.0, mixup_switch_prob=0.5, smoothing=0.1,
+        cooldown_epochs=10, mixup=0.8, cutmix=1.0, mixup_switch_prob=0.5, smoothing=0.1,
         scale=[0.8, 1.0], batch_size=128, epochs=300)
     config = CONFIGS['cifar10-300ep']
     assert {key: config[key] for key in published} == published
+    assert config['aa'].replace('-mmax9', '') == 'rand-m9-mstd0.5-inc1', 'as published, but for what the file says of it'
+
+
+@pytest.mark.parametrize('name', CONFIGS)
+def test_augmentations_take_every_image(name):
+    """One in a hundred images failed with Pillow 13 where the magnitude had no bound."""
+    config = CONFIGS[name]
+    random.seed(0)
+    torch.manual_seed(0)
+    np.random.seed(0)
+    transform = timm.data.create_transform(
+        (3, 32, 32), is_training=True, auto_augment=config.get('aa'), scale=config.get('scale'))
+    image = Image.fromarray(np.random.randint(0, 256, (32, 32, 3), dtype=np.uint8))
+    for _ in range(3000):
+        assert transform(image).shape == (3, 32, 32)
 
 
 @pytest.mark.parametrize('name, epochs', [('cifar10-30ep', 30), ('cifar10-300ep', 310), ('cifar10-smoke-cpu', 1)])

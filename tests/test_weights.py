@@ -183,6 +183,32 @@ def test_errors_of_the_users_own_are_left_alone():
     with pytest.raises(ValueError) as error:
         timm.create_model('cct_2', pretrained=True, attn='sot_x')
     assert 'cifar10' not in str(error.value)
+    for kwargs in (dict(device='nope'), dict(features_only=True, out_indices=(9,))):
+        with pytest.raises((RuntimeError, AssertionError)) as error:
+            timm.create_model('cct_2', pretrained=True, **kwargs)
+        assert 'cifar10' not in str(error.value) and 'pretrained' not in str(error.value)
+
+
+def test_arguments_beside_those_of_a_folder(folder):
+    """The weights are not in question, the arguments may be of either."""
+    for kwargs in (dict(attn='typo'), dict(device='nope'), dict(features_only=True, out_indices=(9,))):
+        with pytest.raises(Exception, match=f'^folder {folder}: .*; an argument that is not yours is of config.json'):
+            timm.create_model(f'local-dir:{folder}', pretrained=True, **kwargs)
+
+
+@pytest.mark.parametrize('overlay', [dict(hf_hub_id='someone/nosuch'), dict(url='https://127.0.0.1:1/x.pth')])
+def test_other_sources_come_before_the_package(overlay, monkeypatch):
+    asked = []
+
+    def refuse(*args, **kwargs):
+        asked.append(args[0])
+        raise ConnectionError
+
+    monkeypatch.setattr('timm.models._builder.load_state_dict_from_hf', refuse)
+    monkeypatch.setattr('timm.models._builder.load_state_dict_from_url', refuse)
+    with pytest.raises(ConnectionError):
+        timm.create_model('cct_2', pretrained=True, pretrained_cfg_overlay=overlay)
+    assert asked == [*overlay.values()]
 
 
 def test_original_checkpoint_is_still_a_file(folder):

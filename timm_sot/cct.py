@@ -46,7 +46,7 @@ except ImportError:  # timm before 1.0.31 keeps no record of what a model was ch
 
 from .attention import SOTAttention, check_variant
 from .solver import is_exporting, is_number
-from .weights import explained, packaged_weights, with_readable_folder
+from .weights import explained, packaged_weights, with_named_source, with_readable_folder
 
 __all__ = ['CCT']  # register_model adds each entry point to this
 
@@ -826,6 +826,7 @@ def checkpoint_grid_size(num_tokens: int, model: CCT) -> Tuple[int, int]:
 
 def _create_cct(variant: str, pretrained: bool = False, **kwargs) -> CCT:
     out_indices = kwargs.pop('out_indices', 3)
+    kwargs = with_named_source(kwargs)
     with explained(variant, pretrained, kwargs):
         return build_model_with_cfg(
             CCT,

@@ -5,11 +5,20 @@
 So it can be said where a model is described by strings alone: in `train.py --model-kwargs attn_layer=sot_qk`, and in
 the config.json that timm writes. timm has the table of names since 1.0.23; with older versions there is `apply_sot`.
 """
+from typing import Iterable
+
+from timm.layers import Attention
 from timm.models import vision_transformer
+from torch import nn
+
+try:
+    from timm.models._input import get_model_args, update_model_args
+except ImportError:  # timm before 1.0.31 keeps no record of what a model was changed to
+    get_model_args = update_model_args = None
 
 from .attention import SOTAttention, VARIANTS
 
-__all__ = ['NAMED_LAYERS']
+__all__ = ['NAMED_LAYERS', 'record_name']
 
 
 def named_layer(variant: str) -> type:
@@ -26,4 +35,27 @@ def named_layer(variant: str) -> type:
 NAMED_LAYERS = {variant: named_layer(variant) for variant in VARIANTS if variant != 'softmax'}
 
 if hasattr(vision_transformer, 'ATTN_LAYERS'):
-    vision_transformer.ATTN_LAYERS.update(NAMED_LAYERS)
+    vision_transformer.ATTN_LAYERS.update(NAMED_LAYERS, softmax=Attention)
+
+
+def record_name(model: nn.Module, layers: Iterable[nn.Module]) -> None:
+    """Have timm save a ViT with the name of its attention, where that says all of it, or else with none.
+
+    Args:
+        model: The model; where it is none of timm's ViTs nothing happens.
+        layers: All of its attention layers.
+    """
+    if update_model_args is None or not isinstance(model, vision_transformer.VisionTransformer):
+        return
+    names = {name_of(layer) for layer in layers}
+    name = names.pop() if len(names) == 1 else ''
+    if name or get_model_args(model).get('attn_layer'):
+        update_model_args(model, attn_layer=name or 'attn')
+
+
+def name_of(layer: nn.Module) -> str:
+    """The name that makes an attention layer like this one, '' if none does or timm's own attention needs none."""
+    if type(layer) is not SOTAttention or layer.variant == 'softmax':
+        return ''
+    named = (layer.reg, layer.iters, layer.tol, layer.distance) == (0.1, 10, None, 'euclidean')
+    return layer.variant if named else ''

@@ -7,6 +7,7 @@ from timm.layers import Attention
 from torch import nn
 
 from .attention import SOTAttention, check_variant
+from .layers import record_name
 
 __all__ = ['apply_sot']
 
@@ -33,10 +34,10 @@ def apply_sot(
 
     Weights do not say what attention they are for. Where timm saves a model's arguments with it (`save_for_hf`,
     `push_to_hf_hub`; from 1.0.31 on), a CCT whose layers all have the same attention is saved with its `attn`,
-    `sot_reg`, `sot_iters`, `sot_tol` and `sot_distance`. Any other model is loaded with its former attention: call
+    `sot_reg`, `sot_iters`, `sot_tol` and `sot_distance`, and a timm ViT whose layers all have the same variant, the
+    other settings at their defaults, with its `attn_layer`. Any other model is loaded with timm's own attention: call
     `apply_sot` again, for 'sot_shares', which has parameters of its own, on a model without weights, and load them
-    afterwards with `load_state_dict`. Where a ViT is to have one attention throughout, `timm.create_model(...,
-    attn_layer='sot_qk')` needs none of this.
+    afterwards with `load_state_dict`.
 
     Args:
         model: Model with `timm.layers.Attention` layers: ViT, DeiT, CCT and others.
@@ -93,6 +94,7 @@ def apply_sot(
     for module in model.modules():
         if hasattr(module, 'record_attention'):  # a CCT
             module.record_attention()
+    record_name(model, attention_layers(model).values())
     return model
 
 

@@ -7,6 +7,7 @@ import contextlib
 import hashlib
 import os
 import re
+import traceback
 from pathlib import Path
 from typing import Any, Dict, Iterator, Optional
 
@@ -14,7 +15,7 @@ import timm
 from safetensors import SafetensorError
 from timm.models import resolve_pretrained_cfg
 
-__all__ = ['explained', 'packaged_weights', 'with_readable_folder']
+__all__ = ['explained', 'packaged_weights', 'with_named_source', 'with_readable_folder']
 
 WEIGHTS_FILE = 'model.safetensors'
 
@@ -28,6 +29,14 @@ def hub_folder() -> Path:
     """The folder of packaged weights: in the wheel a part of the package, else beside it, in the repository."""
     package = Path(__file__).resolve().parent
     return package / 'hub' if (package / 'hub').is_dir() else package.parent / 'hub'
+
+
+def with_named_source(kwargs: Dict[str, Any]) -> Dict[str, Any]:
+    """Arguments for timm, in which a repository or address that the caller names comes before the packaged file."""
+    overlay = kwargs.get('pretrained_cfg_overlay') or {}
+    if 'file' in overlay or not (overlay.get('hf_hub_id') or overlay.get('url')):
+        return kwargs
+    return {**kwargs, 'pretrained_cfg_overlay': {**overlay, 'file': None}}
 
 
 def with_readable_folder(kwargs: Dict[str, Any]) -> Dict[str, Any]:
@@ -63,10 +72,28 @@ def explained(variant: str, pretrained: bool, kwargs: Dict[str, Any]) -> Iterato
     except Exception as e:
         check_download(hub_id, kwargs.get('cache_dir'), e)  # changed bytes can show themselves as any error
         from_file = pretrained and cfg.get('file') and not cfg.get('state_dict')
-        if from_repo or (from_file and not isinstance(e, (TypeError, ValueError))):  # the caller's arguments
-            explain(e, cfg)
+        if was_loading(e):
+            if from_repo or from_file:
+                explain(e, cfg)
+        elif from_repo and isinstance(e, (AssertionError, RuntimeError, TypeError, ValueError)):
+            advice = 'an argument that is not yours is of config.json, which may be of another version of timm-sot'
+            e.args = (f'{source_of(cfg)}: {str(e).rstrip(".")}; {advice}.',)
         raise
     check_download(hub_id, kwargs.get('cache_dir'))
+
+
+def was_loading(error: Exception) -> bool:
+    """Whether an error came up while timm loaded weights, and not while it made the model."""
+    return any(frame.name == 'load_pretrained' for frame in traceback.extract_tb(error.__traceback__))
+
+
+def source_of(cfg: Dict[str, Any]) -> str:
+    """Where weights come from, in words."""
+    if cfg.get('source') == 'hf-hub':
+        return f'{cfg["hf_hub_id"]} on the Hub'
+    if cfg.get('source') == 'local-dir':
+        return f'folder {cfg["file"]}'
+    return f'file {cfg["file"]}{" of timm-sot" if Path(cfg["file"]).parent.parent == hub_folder() else ""}'
 
 
 def explain(error: Exception, cfg: Dict[str, Any]) -> None:
@@ -77,14 +104,12 @@ def explain(error: Exception, cfg: Dict[str, Any]) -> None:
     file = WEIGHTS_FILE
     if cfg.get('source') == 'hf-hub':
         repo_id = cfg['hf_hub_id'].partition('@')[0]
-        source = f'{cfg["hf_hub_id"]} on the Hub'
         advice = f'config.json and weights of the repository must go together, hf-hub:{repo_id}@REVISION has older ones'
     elif cfg.get('source') == 'local-dir':
-        source, advice = f'folder {cfg["file"]}', 'its config.json and weights must go together, export or copy it anew'
+        advice = 'its config.json and weights must go together, export or copy it anew'
     else:
         file = Path(cfg['file']).name
         packaged = Path(cfg['file']).parent.parent == hub_folder()
-        source = f'file {cfg["file"]}{" of timm-sot" if packaged else ""}'
         if damaged or isinstance(error, FileNotFoundError):
             advice = 'install timm-sot again' if packaged else 'check its path, or copy it anew'
         elif packaged and set(re.findall(r'size mismatch for (\w+)', str(error))) == {'head'}:
@@ -103,7 +128,7 @@ def explain(error: Exception, cfg: Dict[str, Any]) -> None:
         else:
             advice = 'create the model with the arguments that the weights were trained with'
 
-    message = str(error).rstrip('.')
+    source, message = source_of(cfg), str(error).rstrip('.')
     if isinstance(error, OSError) and error.errno is not None:
         if cfg.get('source') == 'hf-hub':
             advice = 'free space, or choose another cache with cache_dir or HF_HOME'
@@ -116,8 +141,6 @@ def explain(error: Exception, cfg: Dict[str, Any]) -> None:
     elif 'weights_only' in message:  # timm has refused a pickle, and goes on to say how to load it nevertheless
         message = message.partition('. ')[0]
         advice = 'it holds more than weights, or none, have them saved as safetensors'
-    elif isinstance(error, TypeError):
-        advice = 'an argument that is not yours is of config.json, which may be of another version of timm-sot'
     elif type(error).__module__.partition('.')[0] in ('huggingface_hub', 'httpx', 'httpx2', 'requests'):
         message = f'{file} could not be downloaded ({message})'
         advice = 'check that it is there and that your token may read it, or try again'

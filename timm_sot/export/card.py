@@ -4,6 +4,7 @@ from typing import Optional
 from huggingface_hub import EvalResult, ModelCardData
 from torch import nn
 
+from ..cct import CCT
 from .checkpoint import Checkpoint
 from .score import Score
 
@@ -40,7 +41,8 @@ def format_card(name: str, model: nn.Module, source: Checkpoint, score: Optional
     ]
     if attn == 'sot_qkt':
         limits.append('Its attention needs as many tokens as a head is wide: the image size cannot be changed.')
-    kind = f'A Compact Convolutional Transformer with `{attn}` attention' if attn else f'`{type(model).__name__}`'
+    kind = 'A Compact Convolutional Transformer' if isinstance(model, CCT) else f'`{type(model).__name__}`'
+    kind += f' with `{attn}` attention' if attn else ''
     facts = '\n'.join(f'| {key} | {value} |' for key, value in source.facts)
     origin = f'with timm-sot, which adds {PROJECT}.' if source.by_study else "by timm's train.py."
     install = ''
