@@ -35,6 +35,8 @@ def test_differences_figure():
     assert any(line.get_xdata() == [0, 0] for line in ax.get_lines()), 'the line of no difference'
     assert lines_of(ax)[figures.ORIGINAL].get_xdata().tolist() == [0.5]
     assert ax.get_ylim()[0] > ax.get_ylim()[1], 'the first row is at the top'
+    one = figures.differences({'one': differences['one']}, 'cct_2')
+    assert [text.get_text() for text in one.legends[0].get_texts()] == ['a pair of runs of one seed'], 'no interval'
 
 
 def test_sweep_figure():

@@ -4,7 +4,7 @@
 TRAIN_OPTIONS = {
     '--aa', '--amp', '--amp-dtype', '--batch-size', '--color-jitter', '--config', '--cooldown-epochs', '--cutmix',
     '--data-dir', '--dataset', '--dataset-download', '--device', '--device-modules', '--epochs', '--experiment',
-    '--initial-checkpoint', '--lr', '--min-lr', '--mixup', '--mixup-off-epoch', '--mixup-switch-prob', '--model',
+    '--img-size', '--initial-checkpoint', '--lr', '--min-lr', '--mixup', '--mixup-off-epoch', '--mixup-switch-prob', '--model',
     '--model-kwargs', '--num-classes', '--opt', '--pretrained', '--pretrained-path', '--scale', '--sched',
     '--smoothing', '--train-split', '--val-split', '--warmup-epochs', '--warmup-lr', '--weight-decay', '--workers',
 }

@@ -82,8 +82,8 @@ def differences(
         ax.plot(
             difference.values, [y + 0.18] * len(difference.values), 'o', color=BLUE, alpha=0.5, markersize=4,
             markeredgewidth=0, label='a pair of runs of one seed')
-        ax.errorbar(
-            summary.mean, y, xerr=bars(summary), label='mean and 95 % interval' if bars(summary) else None, **MEAN)
+        if summary.n > 1:
+            ax.errorbar(summary.mean, y, xerr=bars(summary), label='mean and 95 % interval', **MEAN)
         if original and label in original:
             ax.plot(original[label], y - 0.2, 'x', color=GREY, markersize=5, label=ORIGINAL)
     ax.set_yticks(range(len(rows)), [f'{label} (n = {difference.summary.n})' for label, difference in rows.items()])
