@@ -50,7 +50,7 @@ def test_strips():
 def test_iterations():
     """README's figures; another Triton may need a few more."""
     instructions = needs('iterations')
-    assert instructions['strips'] == pytest.approx(19, rel=0.1), instructions
+    assert instructions['strips'] == pytest.approx(20, rel=0.1), instructions
     assert instructions['streamed'] == pytest.approx(52, rel=0.1), instructions
 
 

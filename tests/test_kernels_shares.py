@@ -32,7 +32,7 @@ def test_equals_reference(path, reg, iters):
 def test_sizes(path, N, D):
     tensors = inputs(path, 1, 2, N, D)
     # a number has no direction, and one token no choice: gradients are 0, and what cancels in that of reg is over reg^2
-    assert_close(run(path, *tensors), expected(*tensors), floor=3e-5 if 1 in (N, D) else 3e-6)
+    assert_close(run(path, *tensors), expected(*tensors), floor=6e-5 if 1 in (N, D) else 3e-6)
 
 
 @pytest.mark.parametrize('scale', [1e-4, 1e4])

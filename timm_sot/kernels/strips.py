@@ -24,7 +24,6 @@ from .onchip import (
     _block_size,
     _inverse,
     _load,
-    _not_negative,
     _reciprocal,
     _specialize,
     _store,
@@ -85,10 +84,9 @@ def _costs(x, y, norms_y, COSINE: tl.constexpr, PRECISION: tl.constexpr):
         costs = 1. - gram * norms_x[:, None] * norms_y[None, :]
         return tl.where(costs < NEGLIGIBLE, 0., costs)
     else:
-        norms = norms_x[:, None] + norms_y[None, :]
-        squares = norms - 2. * gram
-        squares = tl.where(squares < norms * NEGLIGIBLE, 0., squares)
-        return tl.sqrt(_not_negative(squares))
+        squares = norms_x[:, None] + norms_y[None, :] - 2. * gram
+        bound = 2. * NEGLIGIBLE * norms_x  # rows as close as that are equally long
+        return tl.sqrt(tl.where(squares < bound[:, None], 0., squares))
 
 
 @triton.jit
