@@ -1,66 +1,17 @@
-"""timm-sot export: from checkpoints of studies and of train.py to folders."""
+""" timm-sot export: from checkpoints of studies and of train.py to folders """
 import json
 import os
-import shutil
 from argparse import Namespace
 
 import pytest
 import timm
 import torch
+from exported import logits, run, study
 from huggingface_hub import ModelCard
 from safetensors.torch import save_file
-from timm.utils import CheckpointSaver
 
 from timm_sot.cli import main
 from timm_sot.export.score import evaluate
-
-SETTINGS = dict(
-    batch_size=16, lr=2e-3, weight_decay=0.03, augment=['crop', 'flip'], precision='float32', first=['cct_2', {}])
-
-
-def study(folder, model='cct_2_sot_qk', kwargs=None, seeds=(0,)):
-    """What a study leaves behind; returns the network and the checkpoint of its first seed."""
-    kwargs = dict(sot_reg=0.5, sot_tol=0.1) if kwargs is None else kwargs
-    (folder / 'checkpoints').mkdir(parents=True, exist_ok=True)
-    (folder / 'study.json').write_text(json.dumps(SETTINGS))
-    torch.manual_seed(0)
-    network = timm.create_model(model, **kwargs).eval()
-    name = '-'.join([model, *(f'{key}-{value}' for key, value in sorted(kwargs.items())), f'seed-{seeds[0]}-epochs-3'])
-    path = folder / 'checkpoints' / f'{name}.safetensors'
-    save_file(network.state_dict(), path)
-    with open(folder / 'results.jsonl', 'a') as f:
-        f.write('{"model": "cct_2", "kwa\n')  # of a run that was killed
-        for seed in seeds:
-            f.write(json.dumps(dict(
-                model=model, kwargs=kwargs, seed=seed, epochs=3, best=31. + seed, final=30. + seed,
-                top1=[10., 31. + seed, 30. + seed],
-                loss=[2.3] * 3, seconds=12., device='NVIDIA TPU, float32', versions={'torch': '9.9'}, commit='abc123',
-                data='digits9 400+200 sha256:0123', processor='Brain 1')) + '\n')
-    return network, str(path)
-
-
-def train_py(folder, model='cct_2', ema=False, **args):
-    """A checkpoint as train.py's saver writes it."""
-    folder.mkdir(exist_ok=True)
-    network = timm.create_model(model, num_classes=10, **args.get('model_kwargs', {})).eval()
-    args = Namespace(**{**dict(
-        model=model, num_classes=10, seed=42, epochs=30, lr=5e-4, data_dir='/home/somebody/images/digits',
-        device='cuda', opt='adamw', dataset='', output='/home/somebody/out', model_kwargs={}, mean=None), **args})
-    saver = CheckpointSaver(
-        network, torch.optim.AdamW(network.parameters()), args=args, checkpoint_dir=str(folder),
-        recovery_dir=str(folder), model_ema=timm.utils.ModelEmaV3(network) if ema else None)
-    saver.save_checkpoint(6, metric=12.5)
-    return network, str(folder / 'model_best.pth.tar')
-
-
-def logits(model):
-    torch.manual_seed(0)
-    with torch.no_grad():
-        return model.eval()(torch.randn(2, model.in_chans, *model.img_size))
-
-
-def run(*args):
-    return main(['export', *map(str, args)])
 
 
 def test_study(tmp_path, digits_dir, capsys):
@@ -135,33 +86,6 @@ def test_classes_are_those_of_the_images(tmp_path, folder, model, kwargs, classe
     assert main(['attention', 'compare', '--models', model, '--checkpoint', str(checkpoint)]) == 0
 
 
-def test_a_command_that_begins_elsewhere_says_so(tmp_path):
-    """Rows that differ in an argument cannot both be named; what the first has drawn can depend on it."""
-    said = 'It began with the initial values of cct_2 pos_embed=sine, in what the two share'
-
-    def card_of(name, first, kwargs):
-        _, checkpoint = study(tmp_path / name, 'cct_2', kwargs)
-        (tmp_path / name / 'study.json').write_text(json.dumps({**SETTINGS, 'first': first, 'dataset': 'torch/x'}))
-        assert run(checkpoint, '--out', tmp_path / 'hub' / name) == 0
-        return (tmp_path / 'hub' / name / 'README.md').read_text()
-
-    text = card_of('a', ['cct_2', dict(pos_embed='sine')], dict(pos_embed='learn'))
-    assert said in text and '--dataset torch/x --data-dir DIR' in text
-    assert said not in card_of('b', ['cct_2', dict(pos_embed='sine')], dict(pos_embed='sine'))
-    assert 'initial values' not in card_of('c', ['cct_2', {}], dict(context=True)), 'they are the same'
-    assert 'initial values of cct_2 no_such=1' in card_of('d', ['cct_2', dict(no_such=1)], {})
-
-
-def test_damaged_image_is_refused(tmp_path, digits_dir, capsys):
-    """For one that it cannot read timm takes the next."""
-    shutil.copytree(digits_dir / 'test', tmp_path / 'test')
-    damaged = sorted((tmp_path / 'test').glob('*/*'))[3]
-    damaged.write_bytes(damaged.read_bytes()[:60])
-    _, checkpoint = study(tmp_path / 'study')
-    assert run(checkpoint, '--out', tmp_path / 'x', '--data-dir', tmp_path, '--device', 'cpu') == 2
-    assert f'{damaged} cannot be read as an image' in capsys.readouterr().err and not (tmp_path / 'x').exists()
-
-
 def test_arguments_may_change_after_training(tmp_path):
     network, checkpoint = study(tmp_path / 'study')
     out = tmp_path / 'cct_2_sot_qk.digits'
@@ -172,71 +96,6 @@ def test_arguments_may_change_after_training(tmp_path):
     assert 'sot_tol=0.1 sot_iters=None in training, sot_tol=None sot_iters=20 in this model' in card.text
     assert '--out hub/cct_2_sot_qk.digits --model-kwargs sot_tol=None sot_iters=20\n' in card.text
     assert 'Not evaluated' in card.text and card.data.eval_results is None
-
-
-@pytest.mark.parametrize('ema', [False, True])
-def test_train_py(tmp_path, digits_dir, ema):
-    network, checkpoint = train_py(
-        tmp_path / 'run', ema=ema, model_kwargs=dict(attn='sot_q', sot_reg=0.7, img_size=48), mean=[0.5, 0.5, 0.5])
-    out = tmp_path / 'cct_2.digits'
-    assert run(checkpoint, '--out', out, '--data-dir', digits_dir / 'test', '--device', 'cpu') == 0
-    loaded = timm.create_model(f'local-dir:{out}', pretrained=True)
-    assert loaded.img_size == (48, 48) and loaded.blocks[0].attn.reg == 0.7
-    assert torch.equal(logits(loaded), logits(network))
-    data_config = timm.data.resolve_model_data_config(loaded)
-    assert tuple(data_config['input_size']) == (3, 48, 48) and tuple(data_config['mean']) == (0.5, 0.5, 0.5)
-    text = (out / 'README.md').read_text()
-    for recorded in ('| Epochs | 7 of 30 |', '| Seed | 42 |', '| Validation during training | 12.5 |', 'lr: 0.0005',
-                     'averaged (EMA)' if ema else 'as trained', 'model_kwargs: {"attn": "sot_q"', '200 images of'):
-        assert recorded in text, recorded
-    assert 'somebody' not in text  # nobody's folders
-
-
-def test_zeros_of_train_py_are_in_its_command(tmp_path):
-    zeros = dict(seed=0, smoothing=0., weight_decay=0., hflip=0., color_jitter=0., warmup_epochs=0)
-    _, checkpoint = train_py(tmp_path / 'run', **zeros, mixup=None, crop_pct='', torchcompile=False)
-    assert run(checkpoint, '--out', tmp_path / 'cct_2.digits') == 0
-    text = (tmp_path / 'cct_2.digits' / 'README.md').read_text()
-    for key, value in zeros.items():
-        assert f'\n{key}: {value}\n' in text
-    assert '| Seed | 0 |' in text and 'mixup' not in text and 'crop_pct' not in text and 'torchcompile' not in text
-
-
-def test_card_of_a_model_of_timm_alone(tmp_path):
-    _, checkpoint = train_py(tmp_path / 'run', 'test_resnet')
-    assert run(checkpoint, '--out', tmp_path / 'test_resnet.digits') == 0
-    text = (tmp_path / 'test_resnet.digits' / 'README.md').read_text()
-    assert "`ResNet`, trained on digits by timm's train.py." in text and 'pip install' not in text
-    assert 'timm-sot' not in ModelCard.load(tmp_path / 'test_resnet.digits' / 'README.md').data.tags
-    assert run(train_py(tmp_path / 'run', 'cct_2')[1], '--out', tmp_path / 'cct_2.digits') == 0
-    text = (tmp_path / 'cct_2.digits' / 'README.md').read_text()
-    assert "by timm's train.py. timm-sot adds Self" in text and 'pip install timm-sot' in text
-
-
-def test_where_the_weights_began(tmp_path):
-    _, checkpoint = train_py(tmp_path / 'run', pretrained=True, pretrained_path='/home/somebody/first.pth')
-    assert run(checkpoint, '--out', tmp_path / 'cct_2.digits') == 0
-    text = (tmp_path / 'cct_2.digits' / 'README.md').read_text()
-    assert '| Began with the weights in | first.pth |' in text and '\npretrained_path: "first.pth"\n' in text
-    assert 'somebody' not in text
-
-
-@pytest.mark.parametrize('args', [dict(img_size=48), dict(input_size=[3, 48, 48], img_size=None)])
-def test_the_image_size_of_train_py_is_that_of_the_images(tmp_path, digits_dir, args):
-    network, checkpoint = train_py(tmp_path / 'run', model_kwargs=dict(dynamic_img_size=True), **args)
-    out = tmp_path / 'cct_2.digits'
-    assert run(checkpoint, '--out', out, '--data-dir', digits_dir, '--device', 'cpu') == 0
-    loaded = timm.create_model(f'local-dir:{out}', pretrained=True)
-    assert timm.data.resolve_model_data_config(loaded)['input_size'] == (3, 48, 48)
-    assert 'Input: 48x48 pixels' in (out / 'README.md').read_text()
-    assert torch.equal(logits(loaded), logits(network))
-
-
-def test_gray_images(tmp_path, digits_dir):
-    _, checkpoint = train_py(tmp_path / 'run', model_kwargs=dict(in_chans=1), in_chans=1)
-    out = tmp_path / 'cct_2.digits'
-    assert run(checkpoint, '--out', out, '--data-dir', digits_dir, '--device', 'cpu') == 0
-    assert '1 channels' in (out / 'README.md').read_text()
 
 
 def test_exported_again(tmp_path):
@@ -308,21 +167,6 @@ def test_user_errors(tmp_path, capsys, monkeypatch):
         assert message in printed.err and printed.err.count('\n') == 1 and not printed.out, printed.err
     assert not (tmp_path / 'ran').exists()  # what the pickle wanted
     assert not (tmp_path / 'out').exists()
-
-
-def test_val_comes_before_test(tmp_path, digits_dir):
-    network, _ = study(tmp_path / 'study')
-    assert evaluate(network, str(digits_dir)).split == 'test'
-    for split, there in (('val', 'train'), ('test', 'test')):
-        (tmp_path / split).symlink_to(digits_dir / there)
-    score = evaluate(network, str(tmp_path))
-    assert (score.split, score.images) == ('val', 400)
-
-
-def test_other_classes_are_refused(tmp_path, digits_dir, capsys):
-    _, checkpoint = study(tmp_path / 'study', kwargs=dict(num_classes=3))
-    assert run(checkpoint, '--out', tmp_path / 'x', '--data-dir', digits_dir) == 2
-    assert '10 classes, the model 3' in capsys.readouterr().err
 
 
 def test_full_disk_leaves_nothing(tmp_path, monkeypatch, capsys):

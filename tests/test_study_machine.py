@@ -78,6 +78,15 @@ def test_commit(tmp_path, monkeypatch):
     assert commit() == first + '+'
 
 
+def test_available_cores(monkeypatch):
+    """Those of a container or of taskset, not of the machine."""
+    monkeypatch.setattr(os, 'cpu_count', lambda: 7)
+    monkeypatch.setattr(os, 'sched_getaffinity', lambda process: {3, 5}, raising=False)
+    assert machine.available_cores() == 2
+    monkeypatch.delattr(os, 'sched_getaffinity')
+    assert machine.available_cores() == 7
+
+
 @pytest.mark.parametrize('files, gigabytes', [
     ({}, 16.),
     ({'/proc/meminfo': 'MemTotal: 1 kB\nMemFree: 5 kB\nMemAvailable:    3145728 kB\n'}, 3.),

@@ -1,0 +1,71 @@
+""" What export reads from checkpoints of studies and of train.py """
+import json
+
+import pytest
+import timm
+import torch
+from exported import SETTINGS, logits, run, study, train_py
+
+
+def test_a_command_that_begins_elsewhere_says_so(tmp_path):
+    """Rows that differ in an argument cannot both be named; what the first has drawn can depend on it."""
+    said = 'It began with the initial values of cct_2 pos_embed=sine, in what the two share'
+
+    def card_of(name, first, kwargs):
+        _, checkpoint = study(tmp_path / name, 'cct_2', kwargs)
+        (tmp_path / name / 'study.json').write_text(json.dumps({**SETTINGS, 'first': first, 'dataset': 'torch/x'}))
+        assert run(checkpoint, '--out', tmp_path / 'hub' / name) == 0
+        return (tmp_path / 'hub' / name / 'README.md').read_text()
+
+    text = card_of('a', ['cct_2', dict(pos_embed='sine')], dict(pos_embed='learn'))
+    assert said in text and '--dataset torch/x --data-dir DIR' in text
+    assert said not in card_of('b', ['cct_2', dict(pos_embed='sine')], dict(pos_embed='sine'))
+    assert 'initial values' not in card_of('c', ['cct_2', {}], dict(context=True)), 'they are the same'
+    assert 'initial values of cct_2 no_such=1' in card_of('d', ['cct_2', dict(no_such=1)], {})
+
+
+@pytest.mark.parametrize('ema', [False, True])
+def test_train_py(tmp_path, digits_dir, ema):
+    network, checkpoint = train_py(
+        tmp_path / 'run', ema=ema, model_kwargs=dict(attn='sot_q', sot_reg=0.7, img_size=48), mean=[0.5, 0.5, 0.5])
+    out = tmp_path / 'cct_2.digits'
+    assert run(checkpoint, '--out', out, '--data-dir', digits_dir / 'test', '--device', 'cpu') == 0
+    loaded = timm.create_model(f'local-dir:{out}', pretrained=True)
+    assert loaded.img_size == (48, 48) and loaded.blocks[0].attn.reg == 0.7
+    assert torch.equal(logits(loaded), logits(network))
+    data_config = timm.data.resolve_model_data_config(loaded)
+    assert tuple(data_config['input_size']) == (3, 48, 48) and tuple(data_config['mean']) == (0.5, 0.5, 0.5)
+    text = (out / 'README.md').read_text()
+    for recorded in ('| Epochs | 7 of 30 |', '| Seed | 42 |', '| Validation during training | 12.5 |', 'lr: 0.0005',
+                     'averaged (EMA)' if ema else 'as trained', 'model_kwargs: {"attn": "sot_q"', '200 images of'):
+        assert recorded in text, recorded
+    assert 'somebody' not in text  # nobody's folders
+
+
+def test_zeros_of_train_py_are_in_its_command(tmp_path):
+    zeros = dict(seed=0, smoothing=0., weight_decay=0., hflip=0., color_jitter=0., warmup_epochs=0)
+    _, checkpoint = train_py(tmp_path / 'run', **zeros, mixup=None, crop_pct='', torchcompile=False)
+    assert run(checkpoint, '--out', tmp_path / 'cct_2.digits') == 0
+    text = (tmp_path / 'cct_2.digits' / 'README.md').read_text()
+    for key, value in zeros.items():
+        assert f'\n{key}: {value}\n' in text
+    assert '| Seed | 0 |' in text and 'mixup' not in text and 'crop_pct' not in text and 'torchcompile' not in text
+
+
+def test_where_the_weights_began(tmp_path):
+    _, checkpoint = train_py(tmp_path / 'run', pretrained=True, pretrained_path='/home/somebody/first.pth')
+    assert run(checkpoint, '--out', tmp_path / 'cct_2.digits') == 0
+    text = (tmp_path / 'cct_2.digits' / 'README.md').read_text()
+    assert '| Began with the weights in | first.pth |' in text and '\npretrained_path: "first.pth"\n' in text
+    assert 'somebody' not in text
+
+
+@pytest.mark.parametrize('args', [dict(img_size=48), dict(input_size=[3, 48, 48], img_size=None)])
+def test_the_image_size_of_train_py_is_that_of_the_images(tmp_path, digits_dir, args):
+    network, checkpoint = train_py(tmp_path / 'run', model_kwargs=dict(dynamic_img_size=True), **args)
+    out = tmp_path / 'cct_2.digits'
+    assert run(checkpoint, '--out', out, '--data-dir', digits_dir, '--device', 'cpu') == 0
+    loaded = timm.create_model(f'local-dir:{out}', pretrained=True)
+    assert timm.data.resolve_model_data_config(loaded)['input_size'] == (3, 48, 48)
+    assert 'Input: 48x48 pixels' in (out / 'README.md').read_text()
+    assert torch.equal(logits(loaded), logits(network))
