@@ -1,5 +1,6 @@
 """ What export reads from checkpoints of studies and of train.py """
 import json
+import shutil
 
 import pytest
 import timm
@@ -22,6 +23,16 @@ def test_a_command_that_begins_elsewhere_says_so(tmp_path):
     assert said not in card_of('b', ['cct_2', dict(pos_embed='sine')], dict(pos_embed='sine'))
     assert 'initial values' not in card_of('c', ['cct_2', {}], dict(context=True)), 'they are the same'
     assert 'initial values of cct_2 no_such=1' in card_of('d', ['cct_2', dict(no_such=1)], {})
+
+
+def test_model_that_this_version_lacks(tmp_path, capsys):
+    _, checkpoint = study(tmp_path / 'study', 'cct_2', {})
+    results = tmp_path / 'study' / 'results.jsonl'
+    results.write_text(results.read_text().replace('"model": "cct_2"', '"model": "cct_2_old"'))
+    renamed = str(tmp_path / 'study' / 'checkpoints' / 'cct_2_old-seed-0-epochs-3.safetensors')
+    shutil.move(checkpoint, renamed)
+    assert run(renamed, '--out', tmp_path / 'x') == 2
+    assert 'was recorded as cct_2_old, which does not fit: Unknown model (cct_2_old)' in capsys.readouterr().err
 
 
 @pytest.mark.parametrize('ema', [False, True])

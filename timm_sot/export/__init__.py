@@ -17,6 +17,7 @@ from timm.models import save_for_hf
 from torch import nn
 
 from ..errors import UserError
+from ..study.store import row_name
 from ..viz.inputs import input_size
 from .card import format_card
 from .checkpoint import Checkpoint, plain, read_checkpoint
@@ -100,8 +101,7 @@ def build(source: Checkpoint, path: str) -> nn.Module:
         model = timm.create_model(source.model, **source.kwargs)
         model.load_state_dict(source.weights)
     except Exception as e:  # timm asserts, too
-        arguments = ' '.join(f'{key}={value}' for key, value in source.kwargs.items())
-        raise UserError(f'{path} was recorded as {source.model} {arguments}, which does not fit: '
+        raise UserError(f'{path} was recorded as {row_name(source.model, source.kwargs)}, which does not fit: '
                         f'{" ".join(str(e).split()) or type(e).__name__}') from e
     bad = [name for name, value in model.state_dict().items() if not value.isfinite().all()]
     if bad:

@@ -141,10 +141,11 @@ def same_start(row: Row, first: Row, other: Row, classes: Dict[str, int], seed: 
     """
     if row_name(*first) in (row_name(*row), row_name(*other)):
         return row_name(*first) == row_name(*other)
-    num_classes = classes.get('num_classes', timm.get_pretrained_cfg(row[0]).num_classes)
     try:
+        default = timm.get_pretrained_cfg(row[0], allow_unregistered=False).num_classes
+        num_classes = classes.get('num_classes', default)
         mine, others = (initial_state(row, giver, num_classes, seed) for giver in (first, other))
-    except UserError:  # of a version that made other models
+    except (RuntimeError, UserError):  # of a version that had other models, which is said when they are made
         return False
     return all(torch.equal(value, others[name]) for name, value in mine.items())
 
