@@ -10,6 +10,7 @@ from timm_sot.bench import contenders, memory, runner
 from timm_sot.bench.contenders import FORWARD, TRAIN
 from timm_sot.bench.report import format_report, load_reports, save_report
 from timm_sot.bench.timing import ROUNDS
+from timm_sot.errors import UserError
 
 CPU = torch.device('cpu')
 
@@ -107,7 +108,7 @@ def test_command(tiny, tmp_path, capsys):
 
 @pytest.mark.parametrize('args, message', [
     (['--device', 'nonsense'], "device 'nonsense'"),
-    (['--device', 'meta'], 'cpu and cuda'),
+    (['--device', 'meta'], "device 'meta' cannot be used"),
     (['--only', 'everything'], 'everything'),
     (['--dtype', 'int8'], 'int8'),
     (['--threads', '0'], '--threads: must be at least 1'),
@@ -121,6 +122,11 @@ def test_user_errors(tiny, capsys, args, message):
     assert cli.main(['bench', *args]) == 2
     printed = capsys.readouterr()
     assert message in printed.err and printed.err.count('\n') == 1 and not printed.out
+
+
+def test_other_devices_are_refused():
+    with pytest.raises(UserError, match='cpu and cuda'):
+        runner.run_bench(torch.device('mps'))
 
 
 def test_without_its_extra(tiny, monkeypatch, capsys):
