@@ -51,7 +51,7 @@ def test_iterations():
     """README's figures; another Triton may need a few more."""
     instructions = needs('iterations')
     assert instructions['strips'] == pytest.approx(20, rel=0.1), instructions
-    assert instructions['streamed'] == pytest.approx(52, rel=0.1), instructions
+    assert instructions['streamed'] == pytest.approx(55, rel=0.1), instructions
 
 
 def test_streamed():
