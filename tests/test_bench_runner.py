@@ -1,6 +1,5 @@
 """ The whole bench, and its command """
 import json
-import sys
 
 import pytest
 import torch
@@ -127,11 +126,3 @@ def test_user_errors(tiny, capsys, args, message):
 def test_other_devices_are_refused():
     with pytest.raises(UserError, match='cpu and cuda'):
         runner.run_bench(torch.device('mps'))
-
-
-def test_without_its_extra(tiny, monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, 'tqdm', None)
-    assert cli.main(['bench']) == 2
-    message = "this needs the package tqdm; install it with: pip install 'timm-sot[bench]'"
-    printed = capsys.readouterr()
-    assert message in printed.err and printed.err.count('\n') == 1 and not printed.out

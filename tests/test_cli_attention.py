@@ -60,6 +60,17 @@ def test_attention_options(drawn, folder):
     assert drawn['saved'][0] == ('compare.png',)
 
 
+def test_figure_that_does_not_fit_into_memory(drawn, monkeypatch, capsys):
+    from timm_sot.viz import figures
+
+    def too_large(*args, **kwargs):
+        raise MemoryError('64 TiB')
+
+    monkeypatch.setattr(figures, 'compare', too_large)
+    assert main(['attention', 'compare', '--untrained']) == 2
+    assert capsys.readouterr().err == 'timm-sot: error: 64 TiB\n'
+
+
 def test_attention_of_a_folder(drawn, folder):
     test = f'{folder}/test'
     assert main(['attention', 'heads', '--image', test, '--index', '5']) == 0

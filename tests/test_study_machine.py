@@ -5,6 +5,7 @@ import os
 import platform
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import timm
@@ -137,7 +138,11 @@ def test_memory_is_kept():
     assert left[0] < 0.1 and left[1] > 0.9
 
 
-def test_memory_is_as_it_was_elsewhere(monkeypatch):
-    monkeypatch.setattr(platform, 'libc_ver', lambda: ('', ''))
-    monkeypatch.setattr(machine.ctypes, 'CDLL', None)
+@pytest.mark.parametrize('libc, calls', [('glibc', 2), ('musl', 0), ('', 0)])
+def test_memory_is_as_it_was_elsewhere(monkeypatch, libc, calls):
+    """The numbers mean something in glibc alone."""
+    asked = []
+    monkeypatch.setattr(platform, 'libc_ver', lambda: (libc, '2.36'))
+    monkeypatch.setattr(machine.ctypes, 'CDLL', lambda name: SimpleNamespace(mallopt=lambda *args: asked.append(args)))
     machine.keep_memory()
+    assert len(asked) == calls

@@ -1,5 +1,4 @@
 """ The runs of a study """
-import builtins
 import contextlib
 import json
 import multiprocessing
@@ -463,16 +462,3 @@ def test_table():
     assert lines[2].split() == ['b', 'sot_reg=0.5', '1', '80.00', '81.00', '0.5000', '12.3']
     for part in ('2 epochs', 'seed 0, 1', 'tiny 24+8', 'cpu, float32'):
         assert part in table
-
-
-def test_without_tqdm(monkeypatch, folder):
-    real_import = builtins.__import__
-
-    def no_tqdm(name, *args, **kwargs):
-        if name == 'tqdm':
-            raise ModuleNotFoundError("No module named 'tqdm'", name=name)
-        return real_import(name, *args, **kwargs)
-
-    monkeypatch.setattr(builtins, '__import__', no_tqdm)
-    with pytest.raises(UserError, match=r"needs the package tqdm.*pip install 'timm-sot\[study\]'"):
-        run(folder)

@@ -2,6 +2,8 @@
 import json
 import multiprocessing
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -263,3 +265,10 @@ def test_weights_are_as_readable_as_the_rest(tmp_path):
     store.finish(RUN, make_result(), {'weight': torch.ones(1)})
     weights = tmp_path / 'checkpoints' / f'{RUN.name}.safetensors'
     assert weights.stat().st_mode == (tmp_path / 'study.json').stat().st_mode
+
+
+def test_files_are_utf_8_whatever_the_locale(tmp_path):
+    code = "import sys; from timm_sot.study.store import write_file; write_file(sys.argv[1], '\\u2212')"
+    ascii_only = {**os.environ, 'LC_ALL': 'C', 'PYTHONCOERCECLOCALE': '0', 'PYTHONUTF8': '0'}
+    subprocess.run([sys.executable, '-c', code, tmp_path / 'report.md'], env=ascii_only, check=True)
+    assert (tmp_path / 'report.md').read_text(encoding='utf-8') == '\u2212'

@@ -41,12 +41,12 @@ def test_the_300_epoch_recipe_is_the_published_one():
         scale=[0.8, 1.0], batch_size=128, epochs=300)
     config = CONFIGS['cifar10-300ep']
     assert {key: config[key] for key in published} == published
-    assert config['aa'].replace('-mmax9', '') == 'rand-m9-mstd0.5-inc1', 'as published, but for what the file says of it'
+    assert config['aa'].replace('-mmax9', '') == 'rand-m9-mstd0.5-inc1', 'published, but for what the file says of it'
 
 
 @pytest.mark.parametrize('name', CONFIGS)
 def test_augmentations_take_every_image(name):
-    """One in a hundred images failed with Pillow 13 where the magnitude had no bound."""
+    """Without the bound on the magnitude timm asks Pillow 13 for what it refuses, once in some hundred images."""
     config = CONFIGS[name]
     random.seed(0)
     torch.manual_seed(0)

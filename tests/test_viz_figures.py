@@ -431,3 +431,11 @@ def test_a_layer_without_the_matrix(image):
             message = rf'{key} of vit makes no SOT matrix; these do: blocks\.2, blocks\.3\.'
             with pytest.raises(ValueError, match=message):
                 draw({'vit': model}, image, layer=layer)
+
+
+def test_the_distance_is_said():
+    """Where it is not the default, and of a layer that has one."""
+    for model, said in (
+            (timm.create_model('cct_2_sot_qk', sot_distance='cosine'), True), (timm.create_model('cct_2_sot_qk'), False),
+            (timm.create_model('cct_2_sot_shares', sot_distance='cosine'), False)):
+        assert ('cosine distance' in figures.describe('model', model, 'blocks.1', 0)) == said

@@ -7,9 +7,10 @@ from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 import timm
 import torch
+from tqdm import tqdm
 
 from ..attention import VARIANTS
-from ..errors import UserError, missing_extra
+from ..errors import UserError
 from ..study.machine import commit, processor_name, versions
 from .contenders import FORWARD, TRAIN, Group, core_group, dtype_name, points_group, sinkhorn_group, step_group
 from .memory import memory_rows
@@ -81,11 +82,6 @@ def run_bench(
         device = torch.device('cuda', torch.cuda.current_device() if device.index is None else device.index)
         torch.cuda.set_device(device)
     dtype = dtype or (torch.bfloat16 if device.type == 'cuda' else torch.float32)
-    try:
-        from tqdm import tqdm
-    except ImportError as e:
-        raise missing_extra(e, 'bench') from e
-
     start = time.perf_counter()
     torch.manual_seed(0)
     report = {'about': {**about(device), 'dtype': dtype_name(dtype), 'quick': quick}, 'rows': [], 'bars': []}

@@ -37,9 +37,9 @@ LOWEST_RANDOM = -2 ** 31  # the random numbers are signed
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 
-# What rounding leaves of the squared distance of equal rows, as a part of their squared norms (so of 1 less the cosine):
-# that of the sums, and of float32 in tf32x3 the products of what is below tf32. Rows that differ by less count as equal;
-# a row of such remainders alone would be divided by the largest of them.
+# What rounding leaves of the squared distance of equal rows, as a part of their squared norms (so of 1 less the
+# cosine): that of the sums, and of float32 in tf32x3 the products of what is below tf32. Rows that differ by less count
+# as equal; a row of such remainders alone would be divided by the largest of them.
 NEGLIGIBLE = tl.constexpr(4e-7)
 
 

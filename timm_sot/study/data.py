@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 from timm.data import create_dataset, create_transform
 from torch.utils.data import DataLoader, Dataset, IterableDataset
+from tqdm import tqdm
 
 from ..digits import load_digits
 from ..errors import UserError, first_line, missing_extra
@@ -196,8 +197,6 @@ class Files(Dataset):
 
 def decode(dataset, img_size: Tuple[int, int], workers: int = 0) -> Images:
     """Decode the images of a timm dataset, scaled and cropped to `img_size`."""
-    from tqdm import tqdm
-
     transform = create_transform((3, *img_size), normalize=False, crop_pct=1.)  # uint8 tensors
     if hasattr(dataset, 'reader') and not isinstance(dataset, IterableDataset):  # images that have a number
         dataset = Files(dataset, transform)

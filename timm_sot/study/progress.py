@@ -2,6 +2,8 @@
 import sys
 from typing import Any, Dict, Sequence, Set, Tuple
 
+from tqdm import tqdm
+
 from .store import Run
 
 __all__ = ['Progress']
@@ -12,9 +14,6 @@ class Progress:
 
     def __init__(self, runs: Sequence[Run]):
         """Initialize the bars for the runs to come."""
-        from tqdm import tqdm
-
-        self.tqdm = tqdm
         self.width = max(len(run.row) for run in runs)
         self.study = tqdm(
             total=sum(run.epochs for run in runs), desc='study', unit='epoch',
@@ -29,7 +28,7 @@ class Progress:
         self.leave(run)
         taken = {line for line, _ in self.bars.values()}
         line = next(line for line in range(1, len(taken) + 2) if line not in taken)
-        bar = self.tqdm(
+        bar = tqdm(
             total=run.epochs * steps, initial=epoch * steps, unit='step',
             desc=f'{run.row:{self.width}} seed {run.seed}', position=line, leave=False, disable=None)
         self.bars[run.name] = line, bar

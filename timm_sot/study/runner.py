@@ -14,12 +14,13 @@ import timm
 import torch
 from timm.layers import to_2tuple
 from torch import nn
+from tqdm import tqdm
 
 from .augment import make_epochs, room_for_epochs
 from .coupled import capturable
 from .data import Images, StudyData, fingerprint_of, load_data, subset
 from .engine import Recipe, Trainer, set_precision, train_epoch
-from ..errors import UserError, first_line, missing_extra, one_line, unknown_model
+from ..errors import UserError, first_line, one_line, unknown_model
 from .machine import about, available_cores, joined, keep_memory
 from .presets import Row, Study
 from .progress import Progress
@@ -151,11 +152,6 @@ def run_study(
     Raises:
         RunsFailed: If runs failed, once all others are finished.
     """
-    try:
-        from tqdm import tqdm
-    except ImportError as e:
-        raise missing_extra(e) from e
-
     deadline = time.monotonic() + time_limit
     # a row or a seed that is named twice is one
     rows, seeds = list({row_name(*row): row for row in study.rows}.values()), dict.fromkeys(study.seeds)
