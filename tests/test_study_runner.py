@@ -118,15 +118,30 @@ def test_a_run_that_fails_leaves_the_others(folder, tmp_path, monkeypatch, capsy
             raise torch.OutOfMemoryError('64 TiB')
         return train_epoch(trainers, seed, epoch, **kwargs)
 
+    held = []
+    run_group = runner.Session.run_group
+    monkeypatch.setattr(runner.Session, 'run_group', lambda self, *args: (
+        held.append([*self.trainers]), run_group(self, *args))[1])
     monkeypatch.setattr(runner, 'train_epoch', fails)
     with pytest.raises(runner.RunsFailed, match='1 of 4 runs failed.*cct_2_sot_q .* seed 5: OutOfMemoryError: 64') as e:
         run(folder, tmp_path, seeds=(5, 6), parallel=parallel)
     kept = [result for result in whole if (result['model'], result['seed']) != ('cct_2_sot_q', 5)]
     assert numbers(e.value.results) == numbers(kept)
     said = capsys.readouterr().err
+    assert held[1] == ([] if parallel > 1 else ['cct_2']), 'models of the group that failed take no memory'
     assert 'Traceback' in said and ('goes on with one run at a time' in said) == (parallel > 1)
     monkeypatch.undo()
     assert numbers(run(folder, tmp_path, seeds=(5, 6))) == numbers(whole)
+
+
+def test_dataset_is_recorded(folder, tmp_path, monkeypatch):
+    """For the command of a card; the same images from elsewhere continue the study."""
+    load_data = runner.load_data
+    monkeypatch.setattr(runner, 'load_data', lambda source, size, *others: load_data(source, size))
+    study = Study(ROWS[:1], (5,), folder, dataset='torch/x')
+    first = runner.run_study(study, RECIPE, DEVICE, str(tmp_path), workers=0)
+    assert json.loads((tmp_path / 'study.json').read_text())['dataset'] == 'torch/x'
+    assert run(folder, tmp_path, rows=ROWS[:1]) == first
 
 
 def test_grouping_changes_nothing(folder, tmp_path):
