@@ -86,10 +86,11 @@ def test_autoaugment_keeps_what_its_policy_leaves_alone():
     assert 0 < sum(kept) < 100
 
 
+@pytest.mark.parametrize('ahead', [True, False])
 @pytest.mark.parametrize('workers', [0, 2])
-def test_epochs(small_chunks, workers):
+def test_epochs(small_chunks, workers, ahead):
     train = make_images()
-    made = [*make_epochs(train, ('crop', 'flip'), 7, range(1, 4), workers)]
+    made = [*make_epochs(train, ('crop', 'flip'), 7, range(1, 4), workers, ahead=ahead)]
     assert len(made) == 3
     for epoch in made:
         assert epoch.labels.sort().values.tolist() == list(range(10))
@@ -104,20 +105,22 @@ def test_epochs(small_chunks, workers):
 
 @pytest.mark.parametrize('workers', [0, 1])
 @pytest.mark.parametrize('room', [0, 1, 9])
-def test_epochs_are_kept(small_chunks, workers, room, monkeypatch):
+@pytest.mark.parametrize('ahead', [True, False])
+def test_epochs_are_kept(small_chunks, workers, room, ahead, monkeypatch):
     train, kept, chunks = make_images(), {}, module._Chunks
-    first = [*make_epochs(train, ('crop',), 0, range(3), workers, kept, room)]
+    first = [*make_epochs(train, ('crop',), 0, range(3), workers, kept, room, ahead)]
     assert [*kept] == [*range(min(room, 3))]
     wanted = []
     monkeypatch.setattr(module, '_Chunks', lambda *args: wanted.extend(args[-1]) or chunks(*args))
-    again = [*make_epochs(train, ('crop',), 0, range(3), workers, kept, room)]
+    again = [*make_epochs(train, ('crop',), 0, range(3), workers, kept, room, ahead)]
     assert all(map(equal, first, again)) and wanted == [*range(min(room, 3), 3)]
 
 
-def test_epochs_that_are_not_asked_for(small_chunks):
+@pytest.mark.parametrize('ahead', [True, False])
+def test_epochs_that_are_not_asked_for(small_chunks, ahead):
     """No process or thread stays."""
     before = set(threading.enumerate())
-    epochs = make_epochs(make_images(), ('crop',), 0, range(50), workers=1)
+    epochs = make_epochs(make_images(), ('crop',), 0, range(50), workers=1, ahead=ahead)
     next(epochs)
     assert multiprocessing.active_children()
     epochs.close()
@@ -125,6 +128,25 @@ def test_epochs_that_are_not_asked_for(small_chunks):
     for thread in set(threading.enumerate()) - before:
         thread.join(60)  # that which feeds a queue of torch's loader ends by itself, a moment after its queue is closed
         assert not thread.is_alive(), thread
+
+
+@pytest.mark.parametrize('ahead', [True, False])
+def test_epochs_are_made_ahead(small_chunks, ahead, monkeypatch):
+    """Or not before they are asked for."""
+    made = torch.zeros(1, dtype=torch.int64).share_memory_()  # three chunks are an epoch
+
+    def count(images, names, seed):
+        made.add_(1)
+        return images
+
+    monkeypatch.setattr(module, 'augment', count)
+    epochs = make_epochs(make_images(), ('crop',), 0, range(2), workers=1, ahead=ahead)
+    next(epochs)
+    deadline = time.monotonic() + (60 if ahead else 0.5)
+    while made.item() < 6 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert made.item() == (6 if ahead else 3)
+    epochs.close()
 
 
 def test_an_epoch_that_is_not_wanted_is_not_finished(monkeypatch):

@@ -437,8 +437,9 @@ def test_two_processes_share_a_study(folder, tmp_path, capsys):
 def test_epochs_are_made_once_for_a_seed(folder, monkeypatch):
     asked = []
     make_epochs = runner.make_epochs
-    monkeypatch.setattr(runner, 'make_epochs', lambda train, augment, seed, epochs, workers, kept, room: (
-        asked.append((seed, len(kept), room > 0)), make_epochs(train, augment, seed, epochs, workers, kept, room))[1])
+    monkeypatch.setattr(runner, 'make_epochs', lambda train, augment, seed, epochs, workers, kept, room, ahead: (
+        asked.append((seed, len(kept), room > 0)),
+        make_epochs(train, augment, seed, epochs, workers, kept, room, ahead))[1])
     run(folder, seeds=(0, 1), rows=[*ROWS, ('cct_2_sot_qk', {})], parallel=2)
     assert asked == [(0, 0, True), (0, 2, False), (1, 0, True), (1, 2, False)]
 

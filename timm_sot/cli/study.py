@@ -74,7 +74,10 @@ def add_study(commands) -> None:
     group.add_argument('--parallel', type=number(int, 1), default=6,
                        help='runs of a seed that advance together, and that a process takes at once where several '
                             'share a study (default: %(default)s)')
-    group.add_argument('--workers', type=number(int, 0), help='processes that augment (default: one less than cores)')
+    group.add_argument(
+        '--workers', type=number(int, 0),
+        help='processes that augment (default: one less than cores; where training takes all cores it waits for them, '
+             'and there are as many)')
     group.add_argument('--no-graphs', action='store_true', help='train without CUDA graphs')
     group.add_argument('--time-limit', type=number(float, 0), default=float('inf'), metavar='SECONDS',
                        help='stop before it, after a finished epoch, of which there is at least one; with --ray also '

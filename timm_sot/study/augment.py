@@ -1,7 +1,8 @@
 """ Augmented epochs
 
 An epoch is made once, in the order in which it will be trained on, and serves every model of its seed. Worker processes
-make it ahead of need, in chunks; what a chunk holds depends on seed, epoch and its place alone.
+make it in chunks, ahead of need where training leaves them cores; what a chunk holds depends on seed, epoch and its
+place alone.
 """
 import threading
 from concurrent.futures import CancelledError, ThreadPoolExecutor
@@ -107,6 +108,7 @@ def make_epochs(
         workers: int = 0,
         kept: Optional[Dict[int, Images]] = None,
         room: int = 0,
+        ahead: bool = True,
 ) -> Iterator[Images]:
     """Make shuffled, augmented epochs of a seed, one after another; to be closed where not all are asked for.
 
@@ -118,23 +120,33 @@ def make_epochs(
         workers: Number of processes, 0 to work in this one.
         kept: Epochs of that seed that were made before, by number; those made now are added.
         room: Number of epochs in `kept` from which on no more are added.
+        ahead: Have the processes work ahead, while an epoch is trained on, or only when the next is asked for: beside
+            training on all cores they would take longer, and so would training.
 
     Yields:
         The images of an epoch in the order of training.
     """
     kept = {} if kept is None else kept
-    chunks = _Chunks(train, augmentations, seed, [epoch for epoch in epochs if epoch not in kept])
+    to_make = [epoch for epoch in epochs if epoch not in kept]
+    chunks = _Chunks(train, augmentations, seed, to_make)
     workers = min(workers, len(chunks))
     options = {}
     if workers:
-        ahead = min(AHEAD * chunks.per_epoch, shared_memory() / 2 // (CHUNK * train.images[0].nbytes))
-        options = dict(num_workers=workers, prefetch_factor=max(1, int(ahead // workers)))
-    made = iter(DataLoader(chunks, batch_size=None, **options))
+        most = min((AHEAD if ahead else 1) * chunks.per_epoch, shared_memory() / 2 // (CHUNK * train.images[0].nbytes))
+        options = dict(num_workers=workers, prefetch_factor=max(1, int(most // workers)), persistent_workers=not ahead)
+    indices = [*range(len(chunks))] if ahead else []
+    loader = DataLoader(chunks, batch_size=None, sampler=indices, **options)
+    made = iter(loader) if ahead else iter(())
     not_wanted = threading.Event()  # an epoch may take minutes, for which nothing that ends the study should wait
 
     def make(epoch: int) -> Images:
+        nonlocal made
         if epoch in kept:
             return kept[epoch]
+        if not ahead:
+            place = to_make.index(epoch) * chunks.per_epoch
+            indices[:] = range(place, place + chunks.per_epoch)
+            made = iter(loader)
         images, labels = torch.empty_like(train.images), torch.empty_like(train.labels)
         for i in range(chunks.per_epoch):  # workers hand them over in shared memory
             if not_wanted.is_set():
@@ -145,7 +157,7 @@ def make_epochs(
             kept[epoch] = Images(images, labels)
         return Images(images, labels)
 
-    if not workers:  # nor a thread: the random state is that of the process
+    if not workers or not ahead:  # nor a thread: the random state is that of the process
         yield from map(make, epochs)
         return
     pool = ThreadPoolExecutor(1)  # puts the chunks of the next epoch together while one is trained on

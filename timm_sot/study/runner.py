@@ -350,9 +350,12 @@ class Session:
             self.kept = seed, {}
         epochs = range(min(record['epoch'] for record in records), setting.recipe.epochs)
         train = setting.data.train
+        spare = self.device.type != 'cpu' or torch.get_num_threads() < available_cores()  # cores that do not train
+        if workers is None:
+            workers = augmenters(None) if spare else available_cores()
         with contextlib.closing(make_epochs(
-                train, setting.recipe.augment, seed, epochs, augmenters(workers), self.kept[1],
-                room_for_epochs(train) if more else 0)) as made:
+                train, setting.recipe.augment, seed, epochs, workers, self.kept[1],
+                room_for_epochs(train) if more else 0, spare)) as made:
             for epoch in epochs:
                 begin = time.monotonic()
                 active = [i for i, record in enumerate(records) if record['epoch'] == epoch]
