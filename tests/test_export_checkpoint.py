@@ -53,6 +53,23 @@ def test_train_py(tmp_path, digits_dir, ema):
     assert 'somebody' not in text  # nobody's folders
 
 
+@pytest.mark.parametrize('args', [
+    dict(), dict(mean=[0.5], std=[0.1, 0.2, 0.3], crop_pct=1., interpolation='bicubic', crop_mode='squash'),
+    dict(interpolation='random')])
+def test_images_are_prepared_as_train_py_prepared_them(tmp_path, args):
+    """What was not given is the model's, of which some are resized otherwise than by timm's last resort."""
+    network, checkpoint = train_py(tmp_path / 'run', 'lcnet_035', **args)
+    expected = timm.data.resolve_data_config({} if 'random' in args.values() else args, model=network)
+    assert expected['interpolation'] == ('bicubic' if 'mean' in args else 'bilinear')
+    out = tmp_path / 'lcnet'
+    assert run(checkpoint, '--out', out) == 0
+    assert '""' not in (out / 'config.json').read_text()
+    loaded = timm.create_model(f'local-dir:{out}', pretrained=True)
+    actual = timm.data.resolve_model_data_config(loaded)
+    for key in ('interpolation', 'mean', 'std', 'crop_pct', 'crop_mode'):
+        assert actual[key] == expected[key] or tuple(actual[key]) == tuple(expected[key]), key
+
+
 def test_zeros_of_train_py_are_in_its_command(tmp_path):
     zeros = dict(seed=0, smoothing=0., weight_decay=0., hflip=0., color_jitter=0., warmup_epochs=0)
     _, checkpoint = train_py(tmp_path / 'run', **zeros, mixup=None, crop_pct='', torchcompile=False)

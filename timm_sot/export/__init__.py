@@ -13,6 +13,7 @@ import timm
 import torch
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from safetensors import SafetensorError
+from timm.data import resolve_data_config
 from timm.models import save_for_hf
 from torch import nn
 
@@ -109,7 +110,7 @@ def build(source: Checkpoint, path: str) -> nn.Module:
     # what the images must be; newer versions of timm see to the sizes themselves when they save
     cfg = model.pretrained_cfg
     cfg.update(num_classes=model.num_classes, input_size=input_size(model, cfg['input_size']))
-    cfg.update(source.data_config)
-    if 'input_size' in source.data_config:
+    cfg.update(resolve_data_config(source.data_args, model=model))
+    if 'input_size' in source.data_args or 'img_size' in source.data_args:
         cfg.pop('test_input_size', None)
     return model.float().eval()

@@ -38,6 +38,9 @@ _PLACES = {
     'resume', 'save_images', 'wandb_project', 'wandb_resume_id', 'wandb_tags', 'workers', 'world_size',
 }
 
+# those that say what the images are like
+_DATA_ARGS = ('input_size', 'img_size', 'in_chans', 'mean', 'std', 'interpolation', 'crop_pct', 'crop_mode')
+
 
 class Checkpoint(NamedTuple):
     """A trained network with what is known of its training."""
@@ -48,7 +51,7 @@ class Checkpoint(NamedTuple):
     facts: List[Tuple[str, str]]  # of the training, for the card
     command: str
     limits: List[str]
-    data_config: Dict[str, Any] = {}  # preprocessing other than the model's default
+    data_args: Dict[str, Any] = {}  # what train.py was told of the images, other than the model's default
     by_study: bool = True  # else by timm's train.py
 
 
@@ -161,16 +164,10 @@ def read_train(content: Dict[str, Any]) -> Checkpoint:
     for option, argument in (('in_chans', 'in_chans'), ('num_classes', 'num_classes'), ('gp', 'global_pool')):
         if args.get(option) is not None:
             kwargs[argument] = args[option]
-    data_config = {
-        key: tuple(args[key]) if isinstance(args[key], list) else args[key]
-        for key in ('mean', 'std', 'interpolation', 'crop_pct', 'crop_mode') if args.get(key) is not None}
-    if data_config.get('interpolation') == 'random':
-        del data_config['interpolation']
     # of the images alone: train.py leaves it to model_kwargs what size the model is of
-    if args.get('input_size'):
-        data_config['input_size'] = tuple(args['input_size'])
-    elif args.get('img_size') is not None:
-        data_config['input_size'] = (args.get('in_chans') or 3, args['img_size'], args['img_size'])
+    data_args = {key: args[key] for key in _DATA_ARGS if args.get(key)}
+    if data_args.get('interpolation') == 'random':
+        del data_args['interpolation']
 
     data = args.get('dataset') or os.path.basename(os.path.abspath(args.get('data_dir') or args.get('data') or 'data'))
     epochs = content['epoch'] + 1
@@ -192,7 +189,7 @@ def read_train(content: Dict[str, Any]) -> Checkpoint:
     command = f'cat > args.yaml << END\n{config}END\npython train.py --config args.yaml --data-dir DIR'
     return Checkpoint(
         args['model'], kwargs, weights, data, [(key, plain(value)) for key, value in facts], command,
-        [f'One run with one seed, taken after {epochs} epochs.'], data_config, by_study=False)
+        [f'One run with one seed, taken after {epochs} epochs.'], data_args, by_study=False)
 
 
 def plain(value: Any) -> str:
