@@ -2,6 +2,7 @@
 import pytest
 import torch
 
+from timm_sot import attention
 from timm_sot.attention import VARIANTS, sot_attention_weights
 from timm_sot.bench import contenders
 
@@ -23,6 +24,24 @@ def test_contenders_of_the_core_agree():
     for variant in set(VARIANTS) - {'softmax'}:
         out, expected = contenders.sot_core(variant)(q, k, v), contenders.unfused_core(variant)(q, k, v)
         assert torch.allclose(out, expected, atol=1e-4), variant
+
+
+def test_the_path_of_a_contender_is_the_one_it_takes(monkeypatch):
+    asked = []
+
+    def choose(device, dtype, tokens, head_width, tol=None, strips=True):
+        asked.append((device, dtype, tokens, head_width, tol, strips))
+        return 'eager'
+
+    monkeypatch.setattr(contenders, 'choose_path', choose)
+    monkeypatch.setattr(attention, 'choose_path', choose)
+    variants = sorted(set(VARIANTS) - {'softmax'})
+    group = contenders.core_group(1, 1, 64, contenders.FORWARD, torch.bfloat16, CPU, 1., variants).build()
+    named, asked[:] = asked[:], []
+    for contender in group:
+        if contender.path:
+            contender.call()
+    assert asked == named and len(asked) == len(variants)
 
 
 def test_sinkhorn_contenders_agree():

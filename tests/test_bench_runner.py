@@ -5,9 +5,10 @@ import pytest
 import torch
 
 from timm_sot import cli
+from timm_sot.attention import VARIANTS
 from timm_sot.bench import contenders, memory, runner
 from timm_sot.bench.contenders import FORWARD, TRAIN
-from timm_sot.bench.report import format_report, load_reports, save_report
+from timm_sot.bench.report import bar_rows, format_report, load_reports, save_report
 from timm_sot.bench.timing import ROUNDS
 from timm_sot.errors import UserError
 
@@ -63,6 +64,32 @@ def test_report(report, tmp_path):
     assert f'sot_qk [{path}]' in printed
     for text in ('core 2x1x64x64 float32', 'original tol=0.1', 'cct_2_sot_q_nosoftmax', 'needs CUDA'):
         assert text in printed
+
+
+@pytest.mark.parametrize('device', ['cpu', 'cuda'])
+def test_every_variant_is_timed_at_every_size(device, monkeypatch):
+    made = []
+    monkeypatch.setattr(runner, 'core_group', lambda *args: made.append((args[2], args[3], args[-1])) or args)
+    runner.groups_of(['core'], torch.float32, torch.device(device), False)
+    assert {N for N, _, _ in made} == {64, 196, 256, 1024, 4096} and {phase for _, phase, _ in made} == {TRAIN, FORWARD}
+    for _, _, variants in made:
+        assert set(variants) == set(VARIANTS) - {'softmax'}
+
+
+@pytest.mark.parametrize('device, dtype', [('cpu', torch.float32), ('cuda', torch.bfloat16)])
+@pytest.mark.parametrize('quick', [True, False])
+def test_the_bars_are_among_what_is_timed(device, dtype, quick):
+    groups = runner.groups_of(runner.SECTIONS, dtype, torch.device(device), quick)
+    report = {
+        'about': {'device_type': device, 'device': device, 'quick': quick},
+        'rows': [
+            {'section': group.section, 'case': group.case, 'phase': group.phase, 'contender': contender,
+             'call': {'samples_ms': [1.]}}
+            for group in groups
+            for contender in ('softmax', 'sdpa', 'original', 'sot_qk', 'cct_2', 'cct_2_sot_qk')]}
+    measured = [row['what'] for row in bar_rows([report]) if row['state'] != 'not measured']
+    expected = {'cpu': ('eager softmax', 'original form', 'batch 128'), 'cuda': ('against SDPA', 'under AMP')}[device]
+    assert len(measured) == len(expected) and all(words in what for words, what in zip(expected, measured)), measured
 
 
 def test_sections(tiny):

@@ -154,13 +154,16 @@ def core_group(
         def original(tol):
             return lambda q, k, v: original_weights(q, k, tol=tol) @ v
 
+        def sot(name):
+            path = choose_path(device, dtype, N, D, strips=not VARIANTS[name].learned)
+            return contender(name, sot_core(name), path=path)
+
         saved = 2 * ITERS if phase == TRAIN else 0
-        path = choose_path(device, dtype, N, D)
 
         return [
             contender('sdpa', F.scaled_dot_product_attention),
             contender('softmax', eager_softmax),
-            *(contender(name, sot_core(name), path=path) for name in variants if name != 'sot_qkt' or N == D),
+            *(sot(name) for name in variants if name != 'sot_qkt' or N == D),
             contender('sot_qk unfused', unfused_core('sot_qk'), matrices=10 + saved),
             contender('original', original(None), graph=False, matrices=10 + saved),
             contender('original tol=0.1', original(0.1), graph=False, matrices=10 + saved),

@@ -40,7 +40,7 @@ def groups_of(sections: Sequence[str], dtype: torch.dtype, device: torch.device,
         for i, (B, H, N) in enumerate(CORE_SHAPES[device.type]):
             if quick and N not in (64, 196):
                 continue
-            few = quick and N != 64 or not cuda and N == 4096
+            few = quick and N != 64
             for phase in (TRAIN, FORWARD):
                 weight = (2. if phase == TRAIN else 1.) * (1. if i else 3.)
                 core.append(core_group(B, H, N, phase, dtype, device, weight, ['sot_qk'] if few else variants))
