@@ -34,13 +34,15 @@ def study(folder, model='cct_2_sot_qk', kwargs=None, seeds=(0,)):
     return network, str(path)
 
 
-def train_py(folder, model='cct_2', ema=False, **args):
-    """A checkpoint as train.py's saver writes it."""
+def train_py(folder, model='cct_2', ema=False, network=None, **args):
+    """A checkpoint as train.py's saver writes it; the network is made of the arguments unless it is given."""
     folder.mkdir(exist_ok=True)
-    network = timm.create_model(model, num_classes=10, **args.get('model_kwargs', {})).eval()
+    if network is None:
+        network = timm.create_model(model, num_classes=10, **args.get('model_kwargs', {}))
+    network.eval()
     args = Namespace(**{**dict(
         model=model, num_classes=10, seed=42, epochs=30, lr=5e-4, data_dir='/home/somebody/images/digits',
-        device='cuda', opt='adamw', dataset='', output='/home/somebody/out', model_kwargs={}, gp=None, in_chans=None,
+        device='cuda', opt='adamw', prefetcher=True, dataset='', output='/home/somebody/out', model_kwargs={}, gp=None, in_chans=None,
         input_size=None, img_size=None, mean=None, std=None, interpolation='', crop_pct=None, crop_mode=None), **args})
     saver = CheckpointSaver(
         network, torch.optim.AdamW(network.parameters()), args=args, checkpoint_dir=str(folder),

@@ -97,3 +97,24 @@ def test_the_image_size_of_train_py_is_that_of_the_images(tmp_path, digits_dir, 
     assert timm.data.resolve_model_data_config(loaded)['input_size'] == (3, 48, 48)
     assert 'Input: 48x48 pixels' in (out / 'README.md').read_text()
     assert torch.equal(logits(loaded), logits(network))
+
+
+@pytest.mark.parametrize('args', [dict(img_size=48), dict(input_size=[3, 48, 40])])
+@pytest.mark.parametrize('model_kwargs', [dict(), dict(pos_embed='sine'), dict(dynamic_img_size=True)])
+def test_the_image_size_of_train_py_is_that_of_the_model(tmp_path, args, model_kwargs):
+    """As from timm 1.0.31 on."""
+    resolve = getattr(timm.models, 'resolve_model_input_args', None) or pytest.skip('needs timm 1.0.31')
+    network = timm.create_model(**resolve('cct_2', args, num_classes=10, **model_kwargs))
+    _, checkpoint = train_py(tmp_path / 'run', network=network, model_kwargs=model_kwargs, **args)
+    out = tmp_path / 'cct_2.digits'
+    assert run(checkpoint, '--out', out) == 0
+    loaded = timm.create_model(f'local-dir:{out}', pretrained=True)
+    assert loaded.img_size == network.img_size == ((48, 48) if 'img_size' in args else (48, 40))
+    assert timm.data.resolve_model_data_config(loaded)['input_size'] == (3, *network.img_size)
+    assert torch.equal(logits(loaded), logits(network))
+
+
+def test_what_train_py_adds_to_its_arguments_is_no_option(tmp_path):
+    _, checkpoint = train_py(tmp_path / 'run')
+    assert run(checkpoint, '--out', tmp_path / 'cct_2.digits') == 0
+    assert 'prefetcher' not in (tmp_path / 'cct_2.digits' / 'README.md').read_text()

@@ -7,7 +7,7 @@ import shlex
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Any, Dict, Optional
+from typing import Any, Dict, Optional, Tuple
 
 import timm
 import torch
@@ -76,7 +76,7 @@ def export(
     strangers = sorted(p.name for p in folder.iterdir() if p.name not in FILES) if folder.is_dir() else []
     if strangers:
         raise UserError(f'{out} holds other files ({", ".join(strangers[:3])}); choose a folder of its own.')
-    model = build(source, checkpoint)
+    model, source = build(source, checkpoint)
     model.pretrained_cfg['tag'] = folder.name.partition('.')[2] or None
     score = evaluate(model, data_dir, device) if data_dir else None
     card = format_card(folder.name, model, source, score)
@@ -96,14 +96,23 @@ def export(
     return score
 
 
-def build(source: Checkpoint, path: str) -> nn.Module:
-    """The network of a checkpoint, in float32."""
-    try:
-        model = timm.create_model(source.model, **source.kwargs)
-        model.load_state_dict(source.weights)
-    except Exception as e:  # timm asserts, too
+def build(source: Checkpoint, path: str) -> Tuple[nn.Module, Checkpoint]:
+    """The network of a checkpoint, in float32, and the checkpoint with all arguments that make it."""
+    sources = [source]
+    size = source.data_args.get('img_size') or (source.data_args.get('input_size') or [])[-2:]
+    if size and 'img_size' not in source.kwargs and timm.get_pretrained_cfg(source.model).fixed_input_size:
+        # the size of the images alone in train.py of older timm, from 1.0.31 on that of the model, too
+        sources.insert(0, source._replace(kwargs={**source.kwargs, 'img_size': size}))
+    for source in sources:
+        try:
+            model = timm.create_model(source.model, **source.kwargs)
+            model.load_state_dict(source.weights)
+            break
+        except Exception as e:  # timm asserts, too
+            error = e
+    else:
         raise UserError(f'{path} was recorded as {row_name(source.model, source.kwargs)}, which does not fit: '
-                        f'{" ".join(str(e).split()) or type(e).__name__}') from e
+                        f'{" ".join(str(error).split()) or type(error).__name__}') from error
     bad = [name for name, value in model.state_dict().items() if not value.isfinite().all()]
     if bad:
         raise UserError(f'{path} holds values that are not finite, in {bad[0]}; its training diverged.')
@@ -113,4 +122,4 @@ def build(source: Checkpoint, path: str) -> nn.Module:
     cfg.update(resolve_data_config(source.data_args, model=model))
     if 'input_size' in source.data_args or 'img_size' in source.data_args:
         cfg.pop('test_input_size', None)
-    return model.float().eval()
+    return model.float().eval(), source

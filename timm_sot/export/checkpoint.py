@@ -34,7 +34,7 @@ _LABELS = {
 # of train.py's arguments: where it ran and what it wrote, not how it trained
 _PLACES = {
     'checkpoint_hist', 'config', 'data', 'data_dir', 'dist_backend', 'distributed', 'eval_checkpoint', 'experiment',
-    'local_rank', 'log_interval', 'log_wandb', 'output', 'pin_mem', 'rank', 'recovery_interval',
+    'local_rank', 'log_interval', 'log_wandb', 'output', 'pin_mem', 'prefetcher', 'rank', 'recovery_interval',
     'resume', 'save_images', 'wandb_project', 'wandb_resume_id', 'wandb_tags', 'workers', 'world_size',
 }
 
@@ -164,7 +164,6 @@ def read_train(content: Dict[str, Any]) -> Checkpoint:
     for option, argument in (('in_chans', 'in_chans'), ('num_classes', 'num_classes'), ('gp', 'global_pool')):
         if args.get(option) is not None:
             kwargs[argument] = args[option]
-    # of the images alone: train.py leaves it to model_kwargs what size the model is of
     data_args = {key: args[key] for key in _DATA_ARGS if args.get(key)}
     if data_args.get('interpolation') == 'random':
         del data_args['interpolation']
