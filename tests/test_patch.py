@@ -321,7 +321,17 @@ def test_cct_is_saved_with_its_attention(tmp_path, built, calls, expected):
 def test_layers_that_no_arguments_make_are_not_recorded(tmp_path):
     model = make_model('cct', attn='sot_qk', sot_reg=0.3)
     apply_sot(model, 'sot_q', blocks=[0])
-    assert settings(saved_and_loaded(model, tmp_path)) == [('sot_qk', 0.3, 10, None)] * 2
+    assert [block.attn.variant for block in saved_and_loaded(model, tmp_path).blocks] == ['softmax'] * 2
+    apply_sot(model, 'sot_q', reg=0.3)
+    assert settings(saved_and_loaded(model, tmp_path)) == [('sot_q', 0.3, 10, None)] * 2
+    apply_sot(model, 'softmax', blocks=[0])
+    assert [block.attn.variant for block in saved_and_loaded(model, tmp_path).blocks] == ['softmax'] * 2
+
+
+@needs_record
+def test_settings_that_softmax_attention_does_not_take_are_not_recorded(tmp_path):
+    model, x = apply_sot(make_model('cct', attn='sot_shares', sot_iters=0), 'softmax'), make_images()
+    assert torch.equal(saved_and_loaded(model, tmp_path)(x), model(x))
 
 
 @needs_record

@@ -539,3 +539,12 @@ def additive_mask(
 
 
 autoload()  # if this module was the one that imported timm, the models could not be registered before
+
+
+def settings_of(layer: Optional[SOTAttention] = None) -> Dict[str, Any]:
+    """What a layer was told beside its variant, by the names of the constructor's arguments; without one the defaults.
+    """
+    if layer is None:
+        defaults = SOTAttention.__init__.__kwdefaults__
+        return {name: defaults[name] for name in ('reg', 'iters', 'tol', 'distance')}
+    return {'reg': layer.reg, 'iters': layer.iters, 'tol': layer.tol, 'distance': layer.distance}

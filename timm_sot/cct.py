@@ -11,7 +11,7 @@ import operator
 import re
 from functools import partial
 from numbers import Integral
-from typing import Dict, List, Optional, Set, Tuple, Union
+from typing import Dict, List, Optional, Sequence, Set, Tuple, Union
 
 import torch
 import torch.nn.functional as F
@@ -44,7 +44,7 @@ try:
 except ImportError:  # timm before 1.0.31 keeps no record of what a model was changed to
     update_model_args = update_model_input_size = None
 
-from .attention import SOTAttention, check_variant
+from .attention import SOTAttention, check_variant, settings_of
 from .solver import is_exporting, is_number
 from .weights import explained, packaged_weights, with_named_source, with_readable_folder
 
@@ -503,11 +503,10 @@ class CCT(nn.Module):
     def record_attention(self) -> None:
         """Record the attention of the layers, where all have the same, among the arguments that timm saves.
 
-        :func:`timm_sot.apply_sot` calls it.
+        Where they differ timm's own is recorded. :func:`timm_sot.apply_sot` calls it.
         """
-        args = [attention_args(block.attn) for block in self.blocks]
-        if update_model_args is not None and args and args[0] and args.count(args[0]) == len(args):
-            update_model_args(self, **args[0])
+        if update_model_args is not None and len(self.blocks):
+            update_model_args(self, **attention_args([block.attn for block in self.blocks]))
 
     def _check_size(self, x: torch.Tensor) -> None:
         if not self.dynamic_img_size:
@@ -692,15 +691,13 @@ def check_positive_integers(**numbers: int) -> None:
             raise ValueError(f'{name}={value!r} must be an integer of at least 1.')
 
 
-def attention_args(layer: Attention) -> Optional[Dict[str, Union[str, int, float, None]]]:
-    """The arguments of CCT that make an attention layer like this one, None if there are none."""
-    if type(layer) is Attention or type(layer) is SOTAttention and layer.variant == 'softmax':
-        return dict(attn='softmax')
-    if type(layer) is SOTAttention:
-        return dict(
-            attn=layer.variant, sot_reg=layer.reg, sot_iters=layer.iters, sot_tol=layer.tol,
-            sot_distance=layer.distance)
-    return None
+def attention_args(layers: Sequence[Attention]) -> Dict[str, Union[str, int, float, None]]:
+    """The arguments of CCT that make attention layers like these, those of timm's attention if none do."""
+    made = [(layer.variant, settings_of(layer)) if type(layer) is SOTAttention else ('softmax', {}) for layer in layers]
+    variant, settings = made[0] if made.count(made[0]) == len(made) else ('softmax', {})
+    if variant == 'softmax':
+        settings = settings_of()  # those of SOT attention may be out of its range
+    return {'attn': variant, **{f'sot_{name}': value for name, value in settings.items()}}
 
 
 def init_weights_cct(module: nn.Module, name: str = '') -> None:

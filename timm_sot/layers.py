@@ -16,7 +16,7 @@ try:
 except ImportError:  # timm before 1.0.31 keeps no record of what a model was changed to
     get_model_args = update_model_args = None
 
-from .attention import SOTAttention, VARIANTS
+from .attention import SOTAttention, VARIANTS, settings_of
 
 __all__ = ['NAMED_LAYERS', 'record_name']
 
@@ -57,5 +57,4 @@ def name_of(layer: nn.Module) -> str:
     """The name that makes an attention layer like this one, '' if none does or timm's own attention needs none."""
     if type(layer) is not SOTAttention or layer.variant == 'softmax':
         return ''
-    named = (layer.reg, layer.iters, layer.tol, layer.distance) == (0.1, 10, None, 'euclidean')
-    return layer.variant if named else ''
+    return layer.variant if settings_of(layer) == settings_of() else ''
