@@ -291,6 +291,25 @@ def test_fault_of_the_hub(hub, cache, name):
     assert hub.load('USER/good', cache)['logits'] == hub.folder_logits(NAME)
 
 
+def test_repository_in_the_place_of_the_package(hub, cache):
+    """Its weights are checked and its name is said, as where it is the model's."""
+    hub.put('USER/bare', model_files(**{'config.json': None}))
+    hub.put('USER/else', with_weights(lambda w: w.pop('norm.bias')))
+
+    def load(repo):
+        overlay = dict(pretrained_cfg_overlay=dict(hf_hub_id=repo))
+        return hub.ask('load', dict(name='cct_2_sot_qk', cache_dir=str(cache), model_kwargs=overlay))
+
+    with hub.faults(dict(path=BLOB, flip=900000)):
+        answer = load('USER/bare')
+    assert 'USER/bare on the Hub: ' in answer['message'] and 'not the one that the Hub announced' in answer['message']
+    assert load('USER/bare')['logits'] == hub.folder_logits(NAME)
+    message = load('USER/else')['message']
+    assert 'USER/else on the Hub: ' in message and 'norm.bias' in message and 'create the model with the arg' in message
+    message = load('USER/nosuch')['message']
+    assert 'USER/nosuch on the Hub: ' in message and 'could not be downloaded' in message
+
+
 @since_1
 @pytest.mark.parametrize('endpoint', ['http://127.0.0.1:9', 'http://hub.invalid'], ids=['refused', 'unreachable'])
 def test_no_hub(hub, cache, endpoint):

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import venv
 from pathlib import Path
+from urllib.error import HTTPError, URLError
 
 import pytest
 import timm
@@ -14,7 +15,7 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 
 from timm_sot.export.score import evaluate
-from timm_sot.weights import packaged_weights
+from timm_sot.weights import explained, packaged_weights
 
 ROOT = Path(__file__).parents[1]
 HUB = ROOT / 'hub'
@@ -209,6 +210,33 @@ def test_other_sources_come_before_the_package(overlay, monkeypatch):
     with pytest.raises(ConnectionError):
         timm.create_model('cct_2', pretrained=True, pretrained_cfg_overlay=overlay)
     assert asked == [*overlay.values()]
+
+
+def test_weights_of_an_address(folder):
+    """Errors name it."""
+    weights = load_file(folder / 'model.safetensors')
+    torch.save(weights, folder / 'good.pth')
+    torch.save({name: value for name, value in weights.items() if name != 'norm.bias'}, folder / 'bad.pth')
+
+    def load(name):
+        overlay = dict(url=f'file://{folder}/{name}')
+        return timm.create_model('cct_2_sot_qk', pretrained=True, pretrained_cfg_overlay=overlay, cache_dir=folder)
+
+    assert torch.equal(logits(load('good.pth')), logits(timm.create_model(NAME, pretrained=True)))
+    with pytest.raises(RuntimeError, match=f'^file://{folder}/bad.pth: .*norm.bias.*; create the model with'):
+        load('bad.pth')
+    with pytest.raises(URLError) as caught:
+        load('absent.pth')
+    assert f'file://{folder}/absent.pth: absent.pth could not be downloaded (' in str(caught.value)
+    assert str(caught.value).count('urlopen error') == 2 and 'token' not in str(caught.value)
+    with pytest.raises(HTTPError, match='HTTP Error 404: http://x/y.pth: y.pth could not be downloaded .*; check that'):
+        with explained('cct_2', True, dict(pretrained_cfg_overlay=dict(url='http://x/y.pth', file=None))):
+            load_pretrained('http://x/y.pth')
+
+
+def load_pretrained(url):
+    """As timm's function of that name, where there is no such page."""
+    raise HTTPError(url, 404, 'Not Found', {}, None)
 
 
 def test_original_checkpoint_is_still_a_file(folder):

@@ -10,6 +10,7 @@ import re
 import traceback
 from pathlib import Path
 from typing import Any, Dict, Iterator, Optional
+from urllib.error import HTTPError, URLError
 
 import timm
 from safetensors import SafetensorError
@@ -65,21 +66,29 @@ def explained(variant: str, pretrained: bool, kwargs: Dict[str, Any]) -> Iterato
     if not isinstance(cfg, dict):  # a dict may hold what timm does not take, which is then timm's error
         cfg = resolve_pretrained_cfg(variant, cfg).to_dict()
     cfg = {**cfg, **(kwargs.get('pretrained_cfg_overlay') or {})}
-    from_repo = cfg.get('source') in ('hf-hub', 'local-dir')  # with arguments of the model
-    hub_id = cfg['hf_hub_id'] if pretrained and cfg.get('source') == 'hf-hub' else ''
+    with_config = cfg.get('source') in ('hf-hub', 'local-dir')  # and so with arguments of the model
+    cfg['source'] = source = weights_source(cfg)
+    hub_id = cfg['hf_hub_id'] if pretrained and source == 'hf-hub' else ''
     try:
         yield
     except Exception as e:
         check_download(hub_id, kwargs.get('cache_dir'), e)  # changed bytes can show themselves as any error
-        from_file = pretrained and cfg.get('file') and not cfg.get('state_dict')
         if was_loading(e):
-            if from_repo or from_file:
-                explain(e, cfg)
-        elif from_repo and isinstance(e, (AssertionError, RuntimeError, TypeError, ValueError)):
+            if source not in ('', 'state_dict'):
+                explain(e, cfg, with_config)
+        elif with_config and isinstance(e, (AssertionError, RuntimeError, TypeError, ValueError)):
             advice = 'an argument that is not yours is of config.json, which may be of another version of timm-sot'
             e.args = (f'{source_of(cfg)}: {str(e).rstrip(".")}; {advice}.',)
         raise
     check_download(hub_id, kwargs.get('cache_dir'))
+
+
+def weights_source(cfg: Dict[str, Any]) -> str:
+    """What timm takes the weights of a configuration from: 'hf-hub', 'local-dir', 'state_dict', 'file', 'url' or ''."""
+    if cfg.get('source') in ('hf-hub', 'local-dir'):
+        return cfg['source']
+    order = (('state_dict', 'state_dict'), ('file', 'file'), ('hf_hub_id', 'hf-hub'), ('url', 'url'))
+    return next((source for key, source in order if cfg.get(key)), '')
 
 
 def was_loading(error: Exception) -> bool:
@@ -89,27 +98,36 @@ def was_loading(error: Exception) -> bool:
 
 def source_of(cfg: Dict[str, Any]) -> str:
     """Where weights come from, in words."""
-    if cfg.get('source') == 'hf-hub':
+    if cfg['source'] == 'hf-hub':
         return f'{cfg["hf_hub_id"]} on the Hub'
-    if cfg.get('source') == 'local-dir':
+    if cfg['source'] == 'local-dir':
         return f'folder {cfg["file"]}'
+    if cfg['source'] == 'url':
+        return cfg['url']
     return f'file {cfg["file"]}{" of timm-sot" if Path(cfg["file"]).parent.parent == hub_folder() else ""}'
 
 
-def explain(error: Exception, cfg: Dict[str, Any]) -> None:
-    """Put the source of the weights, and what would work, into the message of an error."""
+def explain(error: Exception, cfg: Dict[str, Any], with_config: bool) -> None:
+    """Put the source of the weights, and what would work, into the message of an error.
+
+    Args:
+        error: The error.
+        cfg: The configuration of the weights, its `source` that of `weights_source`.
+        with_config: Whether the arguments of the model came with the weights.
+    """
     # torch says of a pickle that is cut off that its zip archive has no end, or no beginning
     damaged = isinstance(error, (SafetensorError, EOFError)) or 'PytorchStreamReader' in str(error) or (
         isinstance(error, KeyError) and isinstance(error.args[0], int))  # an opcode that no pickle has
     file = WEIGHTS_FILE
-    if cfg.get('source') == 'hf-hub':
+    if cfg['source'] == 'hf-hub' and with_config:
         repo_id = cfg['hf_hub_id'].partition('@')[0]
         advice = f'config.json and weights of the repository must go together, hf-hub:{repo_id}@REVISION has older ones'
-    elif cfg.get('source') == 'local-dir':
+    elif cfg['source'] == 'local-dir':
         advice = 'its config.json and weights must go together, export or copy it anew'
     else:
-        file = Path(cfg['file']).name
-        packaged = Path(cfg['file']).parent.parent == hub_folder()
+        if cfg['source'] != 'hf-hub':
+            file = Path(cfg[cfg['source']]).name
+        packaged = cfg['source'] == 'file' and Path(cfg['file']).parent.parent == hub_folder()
         if damaged or isinstance(error, FileNotFoundError):
             advice = 'install timm-sot again' if packaged else 'check its path, or copy it anew'
         elif packaged and set(re.findall(r'size mismatch for (\w+)', str(error))) == {'head'}:
@@ -130,7 +148,7 @@ def explain(error: Exception, cfg: Dict[str, Any]) -> None:
 
     source, message = source_of(cfg), str(error).rstrip('.')
     if isinstance(error, OSError) and error.errno is not None:
-        if cfg.get('source') == 'hf-hub':
+        if cfg['source'] in ('hf-hub', 'url'):
             advice = 'free space, or choose another cache with cache_dir or HF_HOME'
         error.strerror = f'{source}: {error.strerror}; {advice}'
         return
@@ -141,10 +159,14 @@ def explain(error: Exception, cfg: Dict[str, Any]) -> None:
     elif 'weights_only' in message:  # timm has refused a pickle, and goes on to say how to load it nevertheless
         message = message.partition('. ')[0]
         advice = 'it holds more than weights, or none, have them saved as safetensors'
-    elif type(error).__module__.partition('.')[0] in ('huggingface_hub', 'httpx', 'httpx2', 'requests'):
+    elif type(error).__module__.partition('.')[0] in (
+            'huggingface_hub', 'httpx', 'httpx2', 'requests', 'urllib'):
         message = f'{file} could not be downloaded ({message})'
-        advice = 'check that it is there and that your token may read it, or try again'
+        token = '' if cfg['source'] == 'url' else ' and that your token may read it'
+        advice = f'check that it is there{token}, or try again'
     error.args = (f'{source}: {message}; {advice}.',)
+    if isinstance(error, URLError):  # which says something else than its arguments
+        setattr(error, 'msg' if isinstance(error, HTTPError) else 'reason', *error.args)
 
 
 class DamagedDownload(RuntimeError):
