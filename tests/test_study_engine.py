@@ -7,8 +7,9 @@ import timm
 import torch
 
 from timm_sot import attention_maps
+from timm_sot.study.coupled import capturable
 from timm_sot.study.data import Images, StudyData
-from timm_sot.study.engine import PRECISIONS, Recipe, Trainer, batch_sizes, train_epoch
+from timm_sot.study.engine import PRECISIONS, Recipe, Trainer, batch_sizes, set_precision, train_epoch
 from timm_sot.viz.maps import common_part, row_entropy
 
 DEVICE = torch.device('cpu')
@@ -24,11 +25,12 @@ def make_data(num_train=32, num_test=16):
 
 
 def make_trainer(
-        recipe=Recipe(epochs=2, batch_size=12), name='cct_2', data=make_data(), device=DEVICE, tol=None, **kwargs):
+        recipe=Recipe(epochs=2, batch_size=12), name='cct_2', data=make_data(), device=DEVICE, graphs=True,
+        **model_kwargs):
     torch.manual_seed(0)
-    model = timm.create_model(name, num_classes=2, **({} if tol is None else {'sot_tol': tol}))
+    model = timm.create_model(name, num_classes=2, **model_kwargs)
     initial = copy.deepcopy(model.state_dict())
-    trainer = Trainer(model, recipe, data.train.to(device), data.test.to(device), device, **kwargs)
+    trainer = Trainer(model, recipe, data.train.to(device), data.test.to(device), device, graphs)
     trainer.reset(initial)
     return trainer, initial
 
@@ -143,7 +145,7 @@ def test_attention_statistics_take_the_batches_of_training():
     values = []
     for batch_size in (1, 16):
         recipe = Recipe(epochs=1, batch_size=batch_size)
-        trainer, _ = make_trainer(recipe, name='cct_2_sot_q_nosoftmax', data=data, tol=0.05)
+        trainer, _ = make_trainer(recipe, name='cct_2_sot_q_nosoftmax', data=data, sot_tol=0.05)
         values.append(trainer.attention_statistics()['entropy']['blocks.0'])
     assert values[0] != pytest.approx(values[1], abs=1e-5)
 
@@ -160,11 +162,32 @@ def test_models_do_not_disturb_each_other():
     assert [epoch[0][:2] for epoch in together] == alone
 
 
-@pytest.mark.parametrize('precision', PRECISIONS)
-def test_precisions(precision):
+@pytest.fixture
+def process_precision():
+    """What a test sets of it is set back."""
+    flags = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    yield
+    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = flags
+
+
+@pytest.mark.parametrize('precision, products, convolutions, dtype', [
+    ('float32', False, False, torch.float32), ('conv-tf32', False, True, torch.float32),
+    ('bfloat16', False, True, torch.bfloat16)])
+def test_precisions(process_precision, precision, products, convolutions, dtype):
+    set_precision(precision)
+    assert torch.backends.cuda.matmul.allow_tf32 is products  # of SOT attention, too
+    assert torch.backends.cudnn.allow_tf32 is convolutions
     trainer, _ = make_trainer(Recipe(epochs=1, batch_size=16, precision=precision))
+    seen = set()
+    for block in trainer.model.blocks:
+        block.attn.register_forward_hook(lambda module, args, out: seen.add((module.training, out.dtype)))
     assert math.isfinite(train(trainer, epochs=[0])[0][1])
+    assert seen == {(True, dtype), (False, dtype)}
     assert all(parameter.dtype == torch.float32 for parameter in trainer.model.parameters())
+
+
+def test_every_precision_is_tested():
+    assert [*PRECISIONS] == ['float32', 'conv-tf32', 'bfloat16']
 
 
 def test_original_schedule():
@@ -185,15 +208,41 @@ def test_batch_sizes():
     assert batch_sizes(10, 4) == [4, 4, 2] and batch_sizes(8, 4) == [4, 4] and batch_sizes(3, 4) == [3]
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
-@pytest.mark.parametrize('name', ['cct_2', 'cct_2_sot_qk'])
-def test_cuda_graphs(name):
+# On a GPU
+
+NEEDS_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
+
+
+@NEEDS_CUDA
+@pytest.mark.parametrize('name, tol', [('cct_2', None), ('cct_2_sot_qk', None), ('cct_2_sot_qk', 0.1)])
+def test_cuda_graphs(name, tol):
     device = torch.device('cuda')
-    graphed, initial = make_trainer(name=name, device=device)
-    assert graphed.captured
-    eager, _ = make_trainer(name=name, device=device, graphs=False)
-    first = train(graphed)
-    graphed.reset(initial)
-    for again, before in zip(train(graphed), first, strict=True):
-        assert again == pytest.approx(before, rel=1e-3)
+    with capturable():  # as in a study
+        graphed, initial = make_trainer(name=name, sot_tol=tol, device=device)
+        assert graphed.captured
+        first = train(graphed)
+        graphed.reset(initial)
+        for again, before in zip(train(graphed), first, strict=True):
+            assert again == pytest.approx(before, rel=1e-3)
+    eager, _ = make_trainer(name=name, sot_tol=tol, device=device, graphs=False)
     assert train(eager)[0][1] == pytest.approx(first[0][1], rel=0.05)  # other dropout
+
+
+@NEEDS_CUDA
+def test_cuda_graphs_do_not_disturb_each_other():
+    device = torch.device('cuda')
+    with capturable():
+        first, second = (make_trainer(name=name, sot_tol=0.1, device=device) for name in ('cct_2_sot_qk', 'cct_2_sot_q'))
+        alone = train(first[0])
+        first[0].reset(first[1])
+        together = [train_epoch([first[0], second[0]], 0, epoch) for epoch in range(2)]
+    for (mine, _), before in zip(together, alone, strict=True):
+        assert mine[:2] == pytest.approx(before, rel=1e-3)
+
+
+@NEEDS_CUDA
+def test_what_no_cuda_graph_holds_is_trained_eagerly():
+    with capturable(), pytest.warns(RuntimeWarning, match='no CUDA graphs, training eagerly'):
+        trainer, _ = make_trainer(name='cct_2_sot_qk', sot_tol=0.1, device=torch.device('cuda'), sot_reg=0.01)
+    with capturable():
+        assert not trainer.captured and math.isfinite(train(trainer, epochs=[0])[0][1])

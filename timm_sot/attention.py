@@ -509,6 +509,15 @@ class SOTAttention(Attention):
                 f'distance={self.distance!r}')
 
 
+def settings_of(layer: Optional[SOTAttention] = None) -> Dict[str, Any]:
+    """What a layer was told beside its variant, by the names of the constructor's arguments; without one the defaults.
+    """
+    if layer is None:
+        defaults = SOTAttention.__init__.__kwdefaults__
+        return {name: defaults[name] for name in ('reg', 'iters', 'tol', 'distance')}
+    return {'reg': layer.reg, 'iters': layer.iters, 'tol': layer.tol, 'distance': layer.distance}
+
+
 @torch.fx.wrap
 @register_notrace_function
 def unmasked(q: torch.Tensor, attn_mask: Optional[torch.Tensor], is_causal: bool) -> torch.Tensor:
@@ -539,12 +548,3 @@ def additive_mask(
 
 
 autoload()  # if this module was the one that imported timm, the models could not be registered before
-
-
-def settings_of(layer: Optional[SOTAttention] = None) -> Dict[str, Any]:
-    """What a layer was told beside its variant, by the names of the constructor's arguments; without one the defaults.
-    """
-    if layer is None:
-        defaults = SOTAttention.__init__.__kwdefaults__
-        return {name: defaults[name] for name in ('reg', 'iters', 'tol', 'distance')}
-    return {'reg': layer.reg, 'iters': layer.iters, 'tol': layer.tol, 'distance': layer.distance}

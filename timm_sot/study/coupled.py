@@ -14,20 +14,19 @@ from typing import Optional
 import torch
 
 from .. import transform
-from ..errors import UserError
 
 __all__ = ['capturable', 'pairwise_cost', 'solve']
 
 
-MIN_REG = 0.02  # exp(-1 / reg) is a normal number in float32 down to 0.012
+CAPTURED_MIN_REG = 0.02  # exp(-1 / reg) is a normal number in float32 down to 0.012
 
 
 class Solve(torch.autograd.Function):
     """Sinkhorn iterations in their scaling form, a = r / (K b), b = c / (K^T a) with K = exp(L), and few kernels.
 
     Rows of K are scaled to a maximum of 1, which a makes good: in float32 this carries all that the log domain carries
-    for costs in [0, 1] and reg >= MIN_REG. What the iterations add to the gradient of L is K times a sum of outer
-    products of vectors, which a sweep back collects and one product multiplies out.
+    for costs in [0, 1] and reg >= CAPTURED_MIN_REG. What the iterations add to the gradient of L is K times a sum of
+    outer products of vectors, which a sweep back collects and one product multiplies out.
     """
 
     @staticmethod
@@ -85,15 +84,12 @@ def solve(
         row_mass: Optional[float],
         spread: float = float('inf'),
 ) -> torch.Tensor:
-    """`timm_sot.solver.solve` without a decision of the host's, for costs in [0, 1].
+    """`timm_sot.solver.solve` without a decision of the host's, for costs in [0, 1] and reg >= CAPTURED_MIN_REG.
 
-    Raises:
-        UserError: If `tol` is set and the regularization is below MIN_REG.
+    For other problems it is the solver itself, with which a step that has `tol` is captured by no graph, and runs
+    without one.
     """
-    if spread > 1. / MIN_REG:
-        if tol is not None:
-            raise UserError(f'sot_tol on a GPU takes a sot_reg of {MIN_REG} or more, got {1. / spread:.3g}; leave '
-                            f'sot_tol out, or train on the CPU.')
+    if spread > 1. / CAPTURED_MIN_REG:
         return _solve(log_kernel, iters, tol, row_mass, spread)
     N, M = log_kernel.shape[-2:]
     log_r = -math.log(N) if row_mass is None else math.log(row_mass)

@@ -240,7 +240,8 @@ class Session:
     def __enter__(self) -> 'Session':
         if self.device.type == 'cuda':
             self.stack.enter_context(torch.cuda.device(self.device))
-            self.stack.enter_context(capturable())
+            if self.setting.graphs:
+                self.stack.enter_context(capturable())
         elif self.device.type == 'cpu':
             keep_memory()
         set_precision(self.setting.recipe.precision)
