@@ -66,6 +66,12 @@ def test_report(report, tmp_path):
         assert text in printed
 
 
+def test_cores_are_those_that_may_be_used(monkeypatch):
+    """As of a container, or under taskset."""
+    monkeypatch.setattr(runner, 'available_cores', lambda: 7)
+    assert runner.about(CPU)['cores'] == 7
+
+
 @pytest.mark.parametrize('device', ['cpu', 'cuda'])
 def test_every_variant_is_timed_at_every_size(device, monkeypatch):
     made = []

@@ -1,5 +1,7 @@
 """ A room imports only from the rooms before it """
 import ast
+import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -18,15 +20,16 @@ def room(path):
 
 
 def imported(path):
-    """Rooms that a file imports, in its functions too."""
+    """Names of the modules, and of what is in them, that a file imports, in its functions too, as lists of their parts.
+    """
     here = ['timm_sot', *path.relative_to(ROOT).parts[:-1]]
     for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.split('.') for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
             base = here[:len(here) + 1 - node.level] if node.level else []
             names = [*base, *(node.module or '').split('.')] if node.module else base
-            for full in ([*names, alias.name] for alias in node.names):
-                if full[0] == 'timm_sot' and full[1] in ROOMS:
-                    yield full[1]
+            yield from ([*names, alias.name] for alias in node.names)
 
 
 def test_every_file_is_in_a_room():
@@ -38,4 +41,40 @@ def test_imports_point_up(name):
     allowed = ROOMS[:ROOMS.index(name) + 1]
     for path in ROOT.rglob('*.py'):
         if room(path) == name:
-            assert not [other for other in imported(path) if other not in allowed], path
+            rooms = [names[1] for names in imported(path) if names[0] == 'timm_sot' and names[1] in ROOMS]
+            assert not [other for other in rooms if other not in allowed], path
+
+
+# What is installed
+
+MODULES = {'scikit-learn': 'sklearn', 'pot': 'ot'}  # of packages that are called otherwise
+BROUGHT = {'numpy', 'PIL', 'triton', 'llvmlite'}  # by torch, torchvision and numba
+OPTIONAL = {'flash_sinkhorn'}  # in no extra, and skipped where it is missing
+
+
+def provided(extra):
+    """Modules of the packages that are installed with an extra."""
+    project = pytest.importorskip('tomllib').loads((ROOT.parent / 'pyproject.toml').read_text())['project']
+    found, wanted = set(), [*project['dependencies'], *([f'timm-sot[{extra}]'] if extra else [])]
+    for requirement in wanted:
+        if requirement.startswith('timm-sot['):
+            for name in requirement[len('timm-sot['):-1].split(','):
+                wanted += project['optional-dependencies'][name]
+        else:
+            package = re.match('[A-Za-z0-9_-]+', requirement)[0]
+            found.add(MODULES.get(package, package))
+    return found
+
+
+EXTRAS = {'kernels': ['cpu'], 'digits': ['viz', 'study'], 'viz': ['viz'], 'study': ['ray'], 'bench': ['bench']}
+
+
+@pytest.mark.parametrize('name, extra', [(name, extra) for name in ROOMS for extra in EXTRAS.get(name, [''])])
+def test_imports_are_installed(name, extra):
+    used = {names[0] for path in ROOT.rglob('*.py') if room(path) == name for names in imported(path)}
+    assert used - sys.stdlib_module_names - {'timm_sot'} <= provided(extra) | BROUGHT | OPTIONAL
+
+
+def test_ray_is_needed_in_one_file():
+    """And so not by those who install the extra of the study alone."""
+    assert [path.name for path in ROOT.rglob('*.py') if 'ray' in {names[0] for names in imported(path)}] == ['cluster.py']

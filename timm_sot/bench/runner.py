@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from ..attention import VARIANTS
 from ..errors import UserError
-from ..study.machine import commit, processor_name, versions
+from ..study.machine import available_cores, commit, processor_name, versions
 from .contenders import FORWARD, TRAIN, Group, core_group, dtype_name, points_group, sinkhorn_group, step_group
 from .memory import memory_rows
 from .report import bar_rows
@@ -127,7 +127,7 @@ def about(device: torch.device) -> Dict[str, Any]:
         'device': torch.cuda.get_device_name(device) if device.type == 'cuda' else processor_name(),
         'device_type': device.type,
         'threads': torch.get_num_threads(),
-        'cores': os.cpu_count(),
+        'cores': available_cores(),
         'load': os.getloadavg()[0] if hasattr(os, 'getloadavg') else None,
         'matmul_precision': torch.get_float32_matmul_precision(),
         'versions': {**versions(), **packages},

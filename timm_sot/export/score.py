@@ -41,7 +41,7 @@ def evaluate(model: nn.Module, data_dir: str, device: Optional[torch.device] = N
                          f'those that it was trained on.')
     files = sorted(dataset.filenames())
     digest = hashlib.sha256()
-    for file in files:
+    for file in tqdm(files, desc='reading', unit='file', delay=1., leave=False, disable=None):
         digest.update(file.encode() + b'\0' + (folder / file).read_bytes())
 
     config = resolve_data_config({}, model=model, use_test_size=True)

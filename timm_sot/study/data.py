@@ -97,7 +97,8 @@ def load_archive(path: str, img_size: Tuple[int, int], workers: int = 0) -> Stud
     with tempfile.TemporaryDirectory() as folder:
         try:
             with tarfile.open(path) as archive:
-                archive.extractall(folder, **({'filter': 'data'} if hasattr(tarfile, 'data_filter') else {}))
+                members = tqdm(archive, desc='unpacking', unit='file', delay=1., leave=False, disable=None)
+                archive.extractall(folder, members, **({'filter': 'data'} if hasattr(tarfile, 'data_filter') else {}))
                 archive.fileobj.seek(archive.offset)
                 if any(archive.fileobj.read(tarfile.BLOCKSIZE)):  # tarfile takes a damaged header for the end
                     raise tarfile.ReadError(f'damaged after {len(archive.getmembers())} files')
