@@ -8,6 +8,7 @@ import subprocess
 import time
 import warnings
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import timm
@@ -434,6 +435,26 @@ def test_two_processes_share_a_study(folder, tmp_path, capsys):
     assert numbers(shared) == numbers(run(folder, rows=ROWS[:1], seeds=seeds, recipe=recipe))
 
 
+@pytest.mark.parametrize('device, threads, cores, given, expected', [
+    ('cpu', 1, 2, None, (1, True)), ('cpu', 2, 2, None, (2, False)), ('cpu', 2, 2, 1, (1, False)),
+    ('cpu', 2, 2, 0, (0, False)), ('cpu', 1, 8, None, (7, True)), ('cpu', 1, 1, None, (1, False)),
+    ('cuda', 2, 2, None, (1, True)), ('cuda', 1, 1, None, (1, True)), ('cuda', 8, 8, 3, (3, True))])
+def test_who_makes_epochs_and_when(monkeypatch, device, threads, cores, given, expected):
+    monkeypatch.setattr(torch, 'get_num_threads', lambda: threads)
+    monkeypatch.setattr(runner, 'available_cores', lambda: cores)
+    assert runner.augmenters(given, torch.device(device)) == expected
+
+
+@pytest.mark.parametrize('chosen', [(2, False), (1, True)])
+def test_epochs_are_made_as_chosen(folder, monkeypatch, chosen):
+    asked = []
+    make_epochs = runner.make_epochs
+    monkeypatch.setattr(runner, 'augmenters', lambda workers, device: chosen)
+    monkeypatch.setattr(runner, 'make_epochs', lambda *args: asked.append((args[4], args[7])) or make_epochs(*args))
+    run(folder, rows=ROWS[:1])
+    assert asked == [chosen]
+
+
 def test_epochs_are_made_once_for_a_seed(folder, monkeypatch):
     asked = []
     make_epochs = runner.make_epochs
@@ -442,6 +463,22 @@ def test_epochs_are_made_once_for_a_seed(folder, monkeypatch):
         make_epochs(train, augment, seed, epochs, workers, kept, room, ahead))[1])
     run(folder, seeds=(0, 1), rows=[*ROWS, ('cct_2_sot_qk', {})], parallel=2)
     assert asked == [(0, 0, True), (0, 2, False), (1, 0, True), (1, 2, False)]
+
+
+@pytest.mark.parametrize('limit, epochs', [(21., 1), (23., 2), (39., 3)])
+def test_no_epoch_begins_that_would_end_after_the_time_limit(folder, tmp_path, monkeypatch, limit, epochs):
+    """An epoch takes 10 s, and as much and a fifth of it is what the next is expected to take."""
+    clock = [0.]
+
+    def train_epoch(trainers, seed, epoch, on_step):
+        clock[0] += 10.
+        return [(50., 1., 10.)]
+
+    monkeypatch.setattr(runner, 'time', SimpleNamespace(monotonic=lambda: clock[0]))
+    monkeypatch.setattr(runner, 'train_epoch', train_epoch)
+    run(folder, tmp_path, rows=ROWS[:1], recipe=replace(RECIPE, epochs=9), time_limit=limit)
+    path, = (tmp_path / 'checkpoints').glob('*.pt')
+    assert torch.load(path)['epoch'] == epochs
 
 
 def test_time_limit_between_runs(folder, tmp_path, capsys):

@@ -138,7 +138,7 @@ def run_study(
         out: Folder to keep results and checkpoints in and to continue from, '' for none.
         parallel: Runs of one seed that are taken and advance together, on a GPU at once; with `cluster` runs that share
             a GPU.
-        workers: Processes that augment, None for one less than there are cores; with `cluster` for each run.
+        workers: Processes that augment, with `cluster` for each run; None for the choice of `augmenters`.
         graphs: Use CUDA graphs on a GPU.
         time_limit: Seconds after which to stop, at the end of an epoch that is expected to be the last in time.
         cluster: Where to run each run by itself, None for this process.
@@ -155,7 +155,8 @@ def run_study(
     deadline = time.monotonic() + time_limit
     # a row or a seed that is named twice is one
     rows, seeds = list({row_name(*row): row for row in study.rows}.values()), dict.fromkeys(study.seeds)
-    whole = load_data(study.data_dir, input_size(rows), augmenters(workers), study.dataset, study.download)
+    decoders = available_cores() if workers is None else workers
+    whole = load_data(study.data_dir, input_size(rows), decoders, study.dataset, study.download)
     data = subset(whole, study.fraction, study.holdout)
     for row in tqdm(rows, desc='checking', unit='row', leave=False, disable=None):  # before the first run
         check_row(row, data)
@@ -194,9 +195,17 @@ def run_study(
     return results
 
 
-def augmenters(workers: Optional[int]) -> int:
-    """Number of processes that prepare images, by default one less than there are cores."""
-    return max(1, available_cores() - 1) if workers is None else workers
+def augmenters(workers: Optional[int], device: torch.device) -> Tuple[int, bool]:
+    """How many processes make the epochs, and whether ahead, beside training.
+
+    Where training takes all cores it waits for the processes, by default one on each core; where it leaves some, there
+    is by default one process less than cores.
+    """
+    cores = available_cores()
+    ahead = device.type != 'cpu' or torch.get_num_threads() < cores
+    if workers is None:
+        workers = max(1, cores - 1) if ahead else cores
+    return workers, ahead
 
 
 def left_to_others(count: int) -> str:
@@ -320,7 +329,7 @@ class Session:
         Args:
             group: Runs of one seed.
             checkpoints: After the last finished epoch of each.
-            workers: Processes that augment, None for one less than there are cores.
+            workers: Processes that augment, None for the choice of `augmenters`.
             more: Whether other runs of the seed may come, for which its epochs are kept.
 
         Returns:
@@ -351,12 +360,10 @@ class Session:
             self.kept = seed, {}
         epochs = range(min(record['epoch'] for record in records), setting.recipe.epochs)
         train = setting.data.train
-        spare = self.device.type != 'cpu' or torch.get_num_threads() < available_cores()  # cores that do not train
-        if workers is None:
-            workers = augmenters(None) if spare else available_cores()
+        processes, ahead = augmenters(workers, self.device)
         with contextlib.closing(make_epochs(
-                train, setting.recipe.augment, seed, epochs, workers, self.kept[1],
-                room_for_epochs(train) if more else 0, spare)) as made:
+                train, setting.recipe.augment, seed, epochs, processes, self.kept[1],
+                room_for_epochs(train) if more else 0, ahead)) as made:
             for epoch in epochs:
                 begin = time.monotonic()
                 active = [i for i, record in enumerate(records) if record['epoch'] == epoch]
