@@ -210,6 +210,66 @@ def test_equal_tokens_have_no_gradient(path, dtype, distance):
     assert not dq.any() and not dk.any()
 
 
+@pytest.mark.parametrize('reg', [0.1, 1.])
+@pytest.mark.parametrize('path', PATHS)
+def test_equally_large_entries(path, reg):
+    """Costs and entries of S that are largest together: what they receive is shared out, or goes to one of them."""
+    q, k, v, grad = make_inputs(1, 1, 40, 16, device=device_of(path))
+    q, k = q.clone(), k.clone()
+    q[..., 20:, :], k[..., 20:, :] = q[..., :20, :], k[..., :20, :]  # the matrix repeats itself, but for its diagonal
+    actual = run(path, q, k, v, grad, 'sot_qk_nosoftmax', reg=reg, iters=3)
+    wanted = expected(q, k, v, grad, 'sot_qk_nosoftmax', reg=reg, iters=3)
+    if path in ('onchip', 'cpu'):  # as the reference does
+        assert_close(actual, wanted)
+        return
+    for x, y in zip(actual[1:3], wanted[1:3]):
+        actual_sum, wanted_sum = (z[..., :20, :] + z[..., 20:, :] for z in (x.cpu().double(), y))
+        assert error(actual_sum, wanted_sum) < 1e-5
+        assert error(x.cpu().double(), y) > 0.1
+
+
+# Properties that hold whatever the inputs are
+
+@pytest.mark.parametrize('variant', [name for name in VARIANTS if name != 'sot_qkt'])  # which mixes tokens and channels
+@pytest.mark.parametrize('path', PATHS)
+def test_order_of_tokens(path, variant):
+    tensors = make_inputs(2, 1, 21, 16, device=device_of(path))
+    order = torch.randperm(21, generator=torch.Generator().manual_seed(0)).to(tensors[0].device)
+    first = run(path, *tensors, variant, iters=3)
+    second = run(path, *(x[:, :, order] for x in tensors), variant, iters=3)
+    wanted = [x[:, :, order].cpu().double() if x.numel() else None for x in first]
+    assert_close(second, wanted)
+
+
+@pytest.mark.parametrize('variant', ['sot_q', 'sot_qk', 'sot_qkt'])
+@pytest.mark.parametrize('path', PATHS)
+def test_problems_do_not_mix(path, variant):
+    tensors = make_inputs(3, 2, 16, 16, device=device_of(path))
+    together = run(path, *tensors, variant, iters=3)
+    for b in range(3):
+        for h in range(2):
+            alone = run(path, *(x[b:b + 1, h:h + 1] for x in tensors), variant, iters=3)
+            for x, y in zip(together, alone):
+                assert not x.numel() or error(x[b, h], y[0, 0]) < 1e-5
+
+
+@pytest.mark.parametrize('variant', VARIANTS)
+@pytest.mark.parametrize('path', PATHS)
+def test_range_diagonal_and_sums(path, variant):
+    """The identity as values shows the weights."""
+    q, k, v, grad = make_inputs(2, 1, 16, 16, scale=3., device=device_of(path))
+    weights = run(path, q, k, torch.eye(16, device=v.device).expand_as(v), grad, variant)[0]
+    if variant.endswith('nosoftmax'):
+        weights = weights * 4  # d^1/2
+        assert (weights.diagonal(dim1=-2, dim2=-1) - 1).abs().max() < 1e-5
+        assert 0 <= weights.min() and weights.max() < 1 + 1e-5
+        assert (weights.sum(dim=-1) - 1).abs().min() > 1e-3  # of no row
+        off = weights.masked_fill(torch.eye(16, dtype=torch.bool, device=v.device), 0)
+        assert (off.amax(dim=(-2, -1)) - 1).abs().max() < 1e-5  # the largest of each matrix
+    else:
+        assert (weights.sum(dim=-1) - 1).abs().max() < 1e-5 and weights.min() > 0
+
+
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize('variant', ['sot_q', 'sot_qk'])
 @pytest.mark.parametrize('path', PATHS)

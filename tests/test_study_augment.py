@@ -1,4 +1,5 @@
 """ Augmented epochs """
+import hashlib
 import multiprocessing
 import threading
 import time
@@ -114,6 +115,14 @@ def test_epochs_are_kept(small_chunks, workers, room, ahead, monkeypatch):
     monkeypatch.setattr(module, '_Chunks', lambda *args: wanted.extend(args[-1]) or chunks(*args))
     again = [*make_epochs(train, ('crop',), 0, range(3), workers, kept, room, ahead)]
     assert all(map(equal, first, again)) and wanted == [*range(min(room, 3), 3)]
+
+
+def test_epochs_are_those_of_earlier_versions():
+    """Runs are continued, and paired by seed, across versions: another order, or other shifts, must be a decision."""
+    images = (torch.arange(10 * 3 * 8 * 8) % 251).to(torch.uint8).view(10, 3, 8, 8)
+    epoch, = make_epochs(Images(images, torch.arange(10)), ('crop', 'flip'), 3, [4])
+    assert epoch.labels.tolist() == [8, 3, 9, 7, 4, 6, 5, 2, 0, 1]
+    assert hashlib.sha256(epoch.images.numpy().tobytes()).hexdigest()[:16] == 'ffd81675e7e3ad03'
 
 
 @pytest.mark.parametrize('ahead', [True, False])

@@ -167,6 +167,14 @@ def test_images_without_a_number():
         decode(IterableImageDataset('stub', reader=Reader([0, -1])), (2, 2))
 
 
+def test_the_part_is_that_of_earlier_versions():
+    """What was held out must stay so."""
+    images = Images(torch.zeros(10, 3, 8, 8, dtype=torch.uint8), torch.arange(10))
+    held = subset(StudyData('x', images, images, 10), holdout=0.3)
+    assert held.test.labels.tolist() == [4, 1, 7] and held.train.labels.tolist() == [0, 2, 3, 5, 6, 8, 9]
+    assert subset(StudyData('x', images, images, 10), fraction=0.5).train.labels.tolist() == [1, 3, 4, 5, 7]
+
+
 def test_subset():
     data = make_data(20)
     assert subset(data) is data

@@ -358,11 +358,11 @@ def test_other_recipe_in_the_same_folder(folder, tmp_path):
 @pytest.mark.slow
 def test_killed(folder, tmp_path):
     """SIGKILL while training; the same command then ends with the numbers of an undisturbed study."""
-    checkpoint = tmp_path / 'checkpoints' / 'cct_2-seed-0-epochs-4.pt'
+    checkpoint = tmp_path / 'checkpoints' / 'cct_2-seed-0-epochs-12.pt'
     kill_after_an_epoch([
-        '--models', 'cct_2', '--epochs', '4', '--batch-size', '10', '--data-dir', folder, '--device', 'cpu',
+        '--models', 'cct_2', '--epochs', '12', '--batch-size', '10', '--data-dir', folder, '--device', 'cpu',
         '--workers', '1', '--out', str(tmp_path)], checkpoint)
-    recipe = Recipe(epochs=4, batch_size=10, augment=('crop', 'flip'))
+    recipe = Recipe(epochs=12, batch_size=10, augment=('crop', 'flip'))
     resumed = run(folder, tmp_path, rows=ROWS[:1], seeds=(0,), recipe=recipe)
     assert numbers(resumed) == numbers(run(folder, rows=ROWS[:1], seeds=(0,), recipe=recipe))
 

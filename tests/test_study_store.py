@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from timm_sot.errors import UserError
+from timm_sot.study import store as module
 from timm_sot.study.store import KINDS, Run, Store, find_result
 
 RUN = Run('cct_2', {'sot_reg': 0.5}, 3, 2)
@@ -76,6 +77,44 @@ def test_two_processes_append(tmp_path):
     for process in processes:
         process.join()
     assert len(Store(str(tmp_path)).finished('images')) == 100
+
+
+def test_no_line_is_lost_while_others_are_put_aside(tmp_path, monkeypatch):
+    """Another process finishes a run between the reading and the writing of the file."""
+    store = Store(str(tmp_path))
+    store.append(make_result())
+    with open(tmp_path / 'results.jsonl', 'a') as f:
+        f.write('{"model": "cct_2", "kwa\n')
+    other = multiprocessing.get_context('fork').Process(target=append_many, args=(str(tmp_path), 1))
+    write_file = module.write_file
+
+    def slowly(path, content):
+        other.start()
+        other.join(0.5)  # it has to wait
+        write_file(path, content)
+
+    monkeypatch.setattr(module, 'write_file', slowly)
+    with pytest.warns(UserWarning, match='1 unreadable lines'):
+        assert len(store.finished('images')) == 1
+    other.join()
+    assert len(store.finished('images')) == 51
+
+
+class Evil:
+    def __init__(self, folder):
+        self.folder = folder
+
+    def __reduce__(self):
+        return os.mkdir, (self.folder,)
+
+
+def test_a_checkpoint_runs_no_code(tmp_path):
+    store = Store(str(tmp_path))
+    evil = Evil(str(tmp_path / 'ran'))
+    torch.save({'data': 'images', 'evil': evil}, tmp_path / 'checkpoints' / (RUN.name + '.pt'))
+    with pytest.warns(UserWarning, match='begins anew'):
+        assert store.load(RUN, 'images') is None
+    assert not (tmp_path / 'ran').exists()
 
 
 def test_checkpoints(tmp_path):
