@@ -37,11 +37,13 @@ def matrices(kernel):
     return names
 
 
-def compile_kernel(kernel, dtype, constants, **options):
-    """The compiled kernel; strides and pointers are multiples of 16, as a contiguous projection's are."""
+def compile_kernel(kernel, dtype, constants, strided=False, **options):
+    """The compiled kernel; strides and pointers are multiples of 16, and rows contiguous, as those of a projection are,
+    unless it is to be for any strides.
+    """
     signature, constexprs, attributes = {}, {}, {}
     for i, name in enumerate(kernel.arg_names):
-        if name in constants or name in UNIT_STRIDES:
+        if name in constants or name in UNIT_STRIDES and not strided:
             signature[name] = 'constexpr'
             constexprs[(i,)] = constants.get(name, 1)
             continue
@@ -53,7 +55,7 @@ def compile_kernel(kernel, dtype, constants, **options):
             signature[name] = POINTERS[dtype] if name in matrices(kernel) else '*fp32'
         else:
             signature[name] = 'fp32' if name in FLOATS else 'i32'
-        if name.endswith('_ptr') or name.startswith('stride') or name == 'D':
+        if name.endswith('_ptr') or (name.startswith('stride') or name == 'D') and not strided:
             attributes[(i,)] = [['tt.divisibility', 16]]
     return triton.compile(
         ASTSource(kernel, signature, constexprs, attributes), target=GPUTarget('cuda', 90, 32), options=options)
@@ -127,12 +129,27 @@ def onchip_needs():
             yield f'{way} {name}', needs(getattr(onchip, f'_{way}_kernel'), dtype, constants, **options)
 
 
+    for name, change in (
+            ('log', dict(reg=0.02)), ('cosine', dict(distance='cosine')), ('nosoftmax', dict(softmax=False)),
+            ('sot_qkt', dict(operands='qkt', strided=True)), ('49 tokens', dict(N=49)), ('f16', dict(dtype=torch.float16))):
+        settings = dict(
+            N=64, dtype=torch.bfloat16, operands='qk', softmax=True, reg=0.1, distance='euclidean', strided=False)
+        N, dtype, operands, softmax, reg, distance, strided = {**settings, **change}.values()
+        q = torch.empty(1, 1, N, 64, dtype=dtype)
+        constants = onchip._specialize(q, operands, softmax, reg, 0., distance)
+        for way in ('forward', 'backward'):
+            options = getattr(onchip, f'_{way}_config')(constants['BLOCK_N'], constants['BLOCK_D'], dtype)
+            yield f'{way} {name}', needs(
+                getattr(onchip, f'_{way}_kernel'), dtype, constants, strided=strided, **options)
+
+
 def onchip_shares_needs():
     for name, N, D, dtype, dropout_p in (
             ('bf16 64', 64, 64, torch.bfloat16, 0.1),
             ('f32 64', 64, 64, torch.float32, 0.),
             ('f32 128', 128, 64, torch.float32, 0.),
             ('bf16 128', 128, 128, torch.bfloat16, 0.),
+            ('f16 49', 49, 64, torch.float16, 0.),
     ):
         constants = onchip._tiles(torch.empty(1, 1, N, D, dtype=dtype), dropout_p)
         for way in ('forward', 'backward'):
@@ -141,31 +158,48 @@ def onchip_shares_needs():
 
 
 def strips_needs():
-    for name, dtype, operands, dropout_p in (
-            ('bf16', torch.bfloat16, 'qk', 0.), ('bf16 sot_q dropout', torch.bfloat16, 'q', 0.1),
-            ('f16', torch.float16, 'qk', 0.)):
-        q = torch.empty(1, 1, 256, 64, dtype=dtype)
-        constants = strips._specialized(q, operands, True, 0.1, dropout_p, 'euclidean')
+    for name, change in (
+            ('bf16', dict()), ('bf16 sot_q dropout', dict(operands='q', dropout_p=0.1)),
+            ('f16', dict(dtype=torch.float16)), ('log', dict(reg=0.02)), ('cosine', dict(distance='cosine')),
+            ('nosoftmax', dict(softmax=False)), ('strided', dict(strided=True))):
+        settings = dict(
+            dtype=torch.bfloat16, operands='qk', softmax=True, reg=0.1, dropout_p=0., distance='euclidean', strided=False)
+        dtype, *specification, strided = {**settings, **change}.values()
+        constants = strips._specialized(torch.empty(1, 1, 256, 64, dtype=dtype), *specification)
         for kernel, options in (
                 (strips._forward_kernel, strips.FORWARD), (strips._plan_gradient_kernel, strips.BACKWARD),
                 (strips._adjoint_kernel, strips.BACKWARD), (strips._cost_gradient_kernel, strips.BACKWARD)):
-            yield f'{kernel.__name__} {name}', needs(kernel, dtype, constants, **options)
+            yield f'{kernel.__name__} {name}', needs(kernel, dtype, constants, strided=strided, **options)
 
 
 def needs_by_axis(module, names, constants, dtype=torch.bfloat16, **options):
+    """Of each kernel, along each axis where it has one."""
     for name in names:
         kernel = getattr(module, name)
         for axis in (1, 0) if 'AXIS' in kernel.arg_names else (None,):
             yield f'{name} {axis}', needs(kernel, dtype, dict(constants, AXIS=axis), num_warps=4, **options)
 
 
+def needs_flipped(module, names, constants, flags):
+    """Of the kernels that have a flag, with the other value of it."""
+    for flag in flags:
+        having = [name for name in names if flag in getattr(module, name).arg_names]
+        assert having, f'{flag} is of no kernel'
+        for name, need in needs_by_axis(module, having, {**constants, flag: not constants[flag]}, num_stages=3):
+            yield f'{name} {flag}={not constants[flag]}', need
+
+
 def streamed_needs():
     constants = dict(
         ADD=False, INIT=True, PLAN=True, SOFTMAX=True, DROPOUT=False, COSINE=False, PRECISION='tf32',
         BLOCK=streamed.BLOCK, BLOCK_D=64)
-    yield from needs_by_axis(streamed, (
+    names = (
         '_norms_kernel', '_row_max_kernel', '_logsumexp_kernel', '_output_kernel', '_softmax_sums_kernel',
-        '_plan_gradient_kernel', '_adjoint_kernel', '_cost_gradient_kernel'), constants, num_stages=3)
+        '_plan_gradient_kernel', '_adjoint_kernel', '_cost_gradient_kernel')
+    yield from needs_by_axis(streamed, names, constants, num_stages=3)
+    yield from needs_flipped(streamed, names, constants, ('ADD', 'INIT', 'PLAN', 'SOFTMAX', 'DROPOUT', 'COSINE'))
+    for name, need in needs_by_axis(streamed, names, constants, torch.float16, strided=True, num_stages=3):
+        yield f'{name} f16 strided', need
     # what takes the most shared memory
     constants.update(PRECISION='tf32x3', BLOCK_D=128)
     for name, need in needs_by_axis(streamed, ('_cost_gradient_kernel',), constants, torch.float32, num_stages=1):
@@ -174,9 +208,13 @@ def streamed_needs():
 
 def streamed_shares_needs():
     constants = dict(DROPOUT=True, PRECISION='tf32', BLOCK=streamed.BLOCK, BLOCK_D=64)
-    yield from needs_by_axis(streamed_shares, (
+    names = (
         '_factors_kernel', '_output_kernel', '_row_sums_kernel', '_value_gradient_kernel', '_adjoint_kernel',
-        '_cosine_gradient_kernel'), constants, num_stages=3)
+        '_cosine_gradient_kernel')
+    yield from needs_by_axis(streamed_shares, names, constants, num_stages=3)
+    yield from needs_flipped(streamed_shares, names, constants, ('DROPOUT',))
+    for name, need in needs_by_axis(streamed_shares, names, constants, torch.float16, strided=True, num_stages=3):
+        yield f'{name} f16 strided', need
     constants.update(PRECISION='tf32x3', BLOCK_D=128)
     largest = ('_value_gradient_kernel', '_cosine_gradient_kernel')
     for name, need in needs_by_axis(streamed_shares, largest, constants, torch.float32, num_stages=1):

@@ -44,7 +44,9 @@ def test_onchip_shares():
 def test_strips():
     for name, need in needs('strips').items():
         assert need['shared'] <= STRIPS_BYTES, (name, need)
-        assert need['stack'] <= (256 if '_gradient_kernel' in name else 0), (name, need)  # these go over them once
+        if not name.endswith('strided'):  # which needs more for the addresses
+            # the gradients' go over the strips once
+            assert need['stack'] <= (256 if '_gradient_kernel' in name else 64 if 'log' in name else 0), (name, need)
 
 
 def test_iterations():
@@ -57,12 +59,12 @@ def test_iterations():
 def test_streamed():
     for name, need in needs('streamed').items():
         assert need['shared'] <= SHARED_MEMORY, (name, need)
-        if not name.startswith(('_cost_gradient_kernel', 'f32')):
-            assert need['stack'] == 0, (name, need)
+        if not name.startswith(('_cost_gradient_kernel', 'f32')) and not name.endswith('strided'):
+            assert need['stack'] <= (128 if 'DROPOUT' in name else 0), (name, need)
 
 
 def test_streamed_shares():
     for name, need in needs('streamed_shares').items():
         assert need['shared'] <= SHARED_MEMORY, (name, need)
-        if not name.startswith(('_cosine_gradient_kernel', 'f32')):
+        if not name.startswith(('_cosine_gradient_kernel', 'f32')) and not name.endswith('strided'):
             assert need['stack'] == 0, (name, need)
