@@ -131,7 +131,8 @@ def onchip_needs():
 
     for name, change in (
             ('log', dict(reg=0.02)), ('cosine', dict(distance='cosine')), ('nosoftmax', dict(softmax=False)),
-            ('sot_qkt', dict(operands='qkt', strided=True)), ('49 tokens', dict(N=49)), ('f16', dict(dtype=torch.float16))):
+            ('sot_qkt', dict(operands='qkt', strided=True)), ('49 tokens', dict(N=49)),
+            ('f16', dict(dtype=torch.float16))):
         settings = dict(
             N=64, dtype=torch.bfloat16, operands='qk', softmax=True, reg=0.1, distance='euclidean', strided=False)
         N, dtype, operands, softmax, reg, distance, strided = {**settings, **change}.values()
@@ -163,7 +164,8 @@ def strips_needs():
             ('f16', dict(dtype=torch.float16)), ('log', dict(reg=0.02)), ('cosine', dict(distance='cosine')),
             ('nosoftmax', dict(softmax=False)), ('strided', dict(strided=True))):
         settings = dict(
-            dtype=torch.bfloat16, operands='qk', softmax=True, reg=0.1, dropout_p=0., distance='euclidean', strided=False)
+            dtype=torch.bfloat16, operands='qk', softmax=True, reg=0.1, dropout_p=0., distance='euclidean',
+            strided=False)
         dtype, *specification, strided = {**settings, **change}.values()
         constants = strips._specialized(torch.empty(1, 1, 256, 64, dtype=dtype), *specification)
         for kernel, options in (

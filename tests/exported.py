@@ -42,8 +42,9 @@ def train_py(folder, model='cct_2', ema=False, network=None, **args):
     network.eval()
     args = Namespace(**{**dict(
         model=model, num_classes=10, seed=42, epochs=30, lr=5e-4, data_dir='/home/somebody/images/digits',
-        device='cuda', opt='adamw', prefetcher=True, dataset='', output='/home/somebody/out', model_kwargs={}, gp=None, in_chans=None,
-        input_size=None, img_size=None, mean=None, std=None, interpolation='', crop_pct=None, crop_mode=None), **args})
+        device='cuda', opt='adamw', prefetcher=True, dataset='', output='/home/somebody/out', model_kwargs={}, gp=None,
+        in_chans=None, input_size=None, img_size=None, mean=None, std=None, interpolation='', crop_pct=None,
+        crop_mode=None), **args})
     saver = CheckpointSaver(
         network, torch.optim.AdamW(network.parameters()), args=args, checkpoint_dir=str(folder),
         recovery_dir=str(folder), model_ema=timm.utils.ModelEmaV3(network) if ema else None)

@@ -232,7 +232,8 @@ def test_cuda_graphs(name, tol):
 def test_cuda_graphs_do_not_disturb_each_other():
     device = torch.device('cuda')
     with capturable():
-        first, second = (make_trainer(name=name, sot_tol=0.1, device=device) for name in ('cct_2_sot_qk', 'cct_2_sot_q'))
+        first, second = (
+            make_trainer(name=name, sot_tol=0.1, device=device) for name in ('cct_2_sot_qk', 'cct_2_sot_q'))
         alone = train(first[0])
         first[0].reset(first[1])
         together = [train_epoch([first[0], second[0]], 0, epoch) for epoch in range(2)]
