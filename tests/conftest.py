@@ -1,6 +1,7 @@
 import importlib.util
 import json
 import os
+import re
 
 os.environ.setdefault('OMP_NUM_THREADS', '1')  # the workers of pytest-xdist, and what they start, share the cores
 
@@ -32,6 +33,21 @@ def interpret_triton():
 
 if importlib.util.find_spec('triton') and not torch.cuda.is_available():
     interpret_triton()
+
+
+def pytest_sessionfinish(session):
+    """Fail where tests were skipped for another reason than those of the pattern ALLOWED_SKIPS, which CI sets.
+
+    What is not installed, or does not import, is skipped: there all of it must run.
+    """
+    reporter = session.config.pluginmanager.get_plugin('terminalreporter')
+    if 'ALLOWED_SKIPS' not in os.environ or reporter is None or hasattr(session.config, 'workerinput'):
+        return
+    reasons = {report.longrepr[2].removeprefix('Skipped: ') for report in reporter.stats.get('skipped', [])}
+    others = sorted(reason for reason in reasons if not re.match(os.environ['ALLOWED_SKIPS'], reason))
+    if others:
+        reporter.write_line(f'\nskipped, which ALLOWED_SKIPS does not allow: {"; ".join(others)}', red=True)
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
 @pytest.fixture(scope='session')

@@ -85,7 +85,7 @@ def test_other_commands_are_run_by_ci():
     others = [block for block in BASH if not re.match('python |for |timm-sot attention', block)]
     assert others
     for block in others:
-        assert f'step bash -c "{block}"\n' in ci, block
+        assert f'\nstep bash -c "{block}"\n' in ci, block
 
 
 @pytest.fixture(scope='module')
