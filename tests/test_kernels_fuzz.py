@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import shares
-from kernels import PATHS, SHARES_PATHS, VARIANTS, assert_close, device_of, expected, make_inputs, run
+from kernels import HAS_CUDA, PATHS, SHARES_PATHS, VARIANTS, assert_close, device_of, expected, make_inputs, run
 from timm_sot.attention import MIN_REG
 
 pytest.importorskip('hypothesis')
@@ -19,13 +19,19 @@ LAYOUTS = {
     'one for all': lambda x: x[:1].expand_as(x),
 }
 
+TOKENS = st.one_of(st.integers(1, 40), st.sampled_from([49, 64, 65, 100, 128, 129, 160, 197, 256]))
+MOST_TOKENS = {'onchip': 128, 'streamed': 150}  # what it is for, and what is interpreted in seconds
+# a GPU's kernels are compiled for nearly each example
+SETTINGS = settings(
+    max_examples=12 if HAS_CUDA else 30, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+
 
 @pytest.mark.slow
 @example('sot_qk', 3, 64, 32, 'float32', 'fused projection', 0.1, 1., 3, 'euclidean', False)
 @given(
     variant=st.sampled_from(VARIANTS),
     seed=st.integers(0, 2 ** 20),
-    N=st.one_of(st.integers(1, 40), st.sampled_from([49, 64, 65, 100, 128])),
+    N=TOKENS,
     D=st.sampled_from([4, 16, 24, 32, 64]),
     dtype=st.sampled_from(['float32', 'float16', 'bfloat16']),
     layout=st.sampled_from(sorted(LAYOUTS)),
@@ -35,12 +41,10 @@ LAYOUTS = {
     distance=st.sampled_from(['euclidean', 'cosine']),
     degenerate_rows=st.booleans(),
 )
-@settings(  # few, as a GPU's kernels are compiled for nearly each of them
-    max_examples=12, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@SETTINGS
 @pytest.mark.parametrize('path', PATHS)
 def test_never_nan(path, variant, seed, N, D, dtype, layout, reg, scale, iters, distance, degenerate_rows):
-    if variant == 'sot_qkt':
-        N = D
+    N = D if variant == 'sot_qkt' else min(N, MOST_TOKENS.get(path, N))
     dtype, device = getattr(torch, dtype), device_of(path)
     if dtype == torch.float16:
         scale = min(max(scale, 1e-2), 1e2)  # beyond, the inputs or their gradients leave its range
@@ -56,13 +60,14 @@ def test_never_nan(path, variant, seed, N, D, dtype, layout, reg, scale, iters, 
     for name, x in zip(('out', 'dq', 'dk', 'dv'), actual):
         assert x.isfinite().all(), name
     if dtype == torch.float32 and not degenerate_rows and reg >= 0.05:
-        assert_close(actual[:1], expected(*tensors, variant, reg, iters, distance=distance)[:1], slack=10.)
+        wanted = expected(*tensors, variant, reg, iters, distance=distance)
+        assert_close(actual, wanted, slack=10., floor=1e-5 / min(scale, 1.))  # gradients grow as the inputs shrink
 
 
 @pytest.mark.slow
 @given(
     seed=st.integers(0, 2 ** 20),
-    N=st.one_of(st.integers(1, 40), st.sampled_from([64, 65, 100])),
+    N=TOKENS,
     D=st.sampled_from([4, 16, 24, 64]),
     dtype=st.sampled_from(['float32', 'float16', 'bfloat16']),
     layout=st.sampled_from(sorted(LAYOUTS)),
@@ -72,10 +77,10 @@ def test_never_nan(path, variant, seed, N, D, dtype, layout, reg, scale, iters, 
     iters=st.integers(0, 6),
     degenerate_rows=st.booleans(),
 )
-@settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@SETTINGS
 @pytest.mark.parametrize('path', SHARES_PATHS)
 def test_shares_never_nan(path, seed, N, D, dtype, layout, reg, share, scale, iters, degenerate_rows):
-    dtype = getattr(torch, dtype)
+    dtype, N = getattr(torch, dtype), min(N, MOST_TOKENS.get(path, N))
     q, k, v, *learned, grad = shares.inputs(
         path, 2, 1, N, D, dtype, reg=reg, share=share / scale if share < 1. else share, scale=scale, seed=seed)
     if degenerate_rows:
@@ -88,4 +93,5 @@ def test_shares_never_nan(path, seed, N, D, dtype, layout, reg, share, scale, it
     for name, x in zip(shares.NAMES, actual):
         assert x is None or x.isfinite().all(), name
     if dtype == torch.float32 and not degenerate_rows and reg >= 0.05:
-        shares.assert_close(actual[:1], shares.expected(*tensors, iters=iters)[:1], slack=10.)
+        wanted = shares.expected(*tensors, iters=iters)
+        shares.assert_close(actual, wanted, slack=10., floor=3e-5 / min(scale, 1.))

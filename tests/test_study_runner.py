@@ -66,18 +66,18 @@ def test_models_share_their_initial_values():
 ])
 def test_input_size_errors(rows, message):
     with pytest.raises(UserError, match=message):
-        runner.input_size([(name, {}) for name in rows])
+        runner.common_size([(name, {}) for name in rows])
 
 
 @pytest.mark.parametrize('size', ['x', 0, (32, -4), (32, 32, 3), 2.5])
 def test_sizes_that_are_none(size):
     with pytest.raises(UserError, match='img_size=.* of cct_2 must be one number, or height and width, in pixels'):
-        runner.input_size([('cct_2', dict(img_size=size))])
+        runner.common_size([('cct_2', dict(img_size=size))])
 
 
 def test_input_size():
-    assert runner.input_size([('cct_2', {}), ('cct_7', {})]) == (32, 32)
-    assert runner.input_size([('cct_2', dict(img_size=64)), ('cct_14', dict(img_size=64))]) == (64, 64)
+    assert runner.common_size([('cct_2', {}), ('cct_7', {})]) == (32, 32)
+    assert runner.common_size([('cct_2', dict(img_size=64)), ('cct_14', dict(img_size=64))]) == (64, 64)
 
 
 @pytest.mark.parametrize('kwargs', [dict(no_such=1), dict(sot_reg=-1.)])

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from .cluster import Cluster
 
 __all__ = [
-    'RunsFailed', 'Session', 'Setting', 'build_model', 'format_results', 'input_size', 'resolve_device', 'run_study']
+    'RunsFailed', 'Session', 'Setting', 'build_model', 'common_size', 'format_results', 'resolve_device', 'run_study']
 
 TIME_LIMIT = 'time limit: stopped after a finished epoch, the same command continues'
 
@@ -54,7 +54,7 @@ def resolve_device(name: str = '') -> torch.device:
     return device
 
 
-def input_size(rows: Sequence[Row]) -> Tuple[int, int]:
+def common_size(rows: Sequence[Row]) -> Tuple[int, int]:
     """Height and width of the images that the models take, of which there must be one for all.
 
     Raises:
@@ -156,7 +156,7 @@ def run_study(
     # a row or a seed that is named twice is one
     rows, seeds = list({row_name(*row): row for row in study.rows}.values()), dict.fromkeys(study.seeds)
     decoders = available_cores() if workers is None else workers
-    whole = load_data(study.data_dir, input_size(rows), decoders, study.dataset, study.download)
+    whole = load_data(study.data_dir, common_size(rows), decoders, study.dataset, study.download)
     data = subset(whole, study.fraction, study.holdout)
     for row in tqdm(rows, desc='checking', unit='row', leave=False, disable=None):  # before the first run
         check_row(row, data)

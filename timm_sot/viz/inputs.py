@@ -89,7 +89,7 @@ def load_model(
     default = bool(place) or timm.models.is_model_pretrained(name)
     trained = bool(checkpoint) or default and not untrained
     if trained and not checkpoint and not place:
-        check_attention(name, model_kwargs)
+        require_attention(name, model_kwargs)
     try:
         model = timm.create_model(name, pretrained=trained, **overlay, **model_kwargs)
     except Exception as e:  # of any of the libraries by which timm reads files and makes requests
@@ -106,7 +106,7 @@ def load_model(
     return model.eval(), trained
 
 
-def check_attention(name: str, model_kwargs: Dict[str, Any]) -> None:
+def require_attention(name: str, model_kwargs: Dict[str, Any]) -> None:
     """Raise a UserError for a model without attention layers before its weights are asked for, perhaps of the Hub."""
     try:
         with torch.device('meta'):
