@@ -9,6 +9,7 @@ import pytest
 import timm_sot
 
 ROOT = Path(timm_sot.__file__).parent
+TREE = Path(__file__).parents[1]  # where the package need not be that is tested
 ROOMS = [
     'errors', 'kernels', 'solver', 'transform', 'attention', 'layers', 'weights', 'cct', 'patch', 'digits', 'viz',
     'study', 'bench', 'export', 'cli', '__main__']
@@ -54,7 +55,7 @@ OPTIONAL = {'flash_sinkhorn'}  # in no extra, and skipped where it is missing
 
 def provided(extra):
     """Modules of the packages that are installed with an extra."""
-    project = pytest.importorskip('tomllib').loads((ROOT.parent / 'pyproject.toml').read_text())['project']
+    project = pytest.importorskip('tomllib').loads((TREE / 'pyproject.toml').read_text())['project']
     found, wanted = set(), [*project['dependencies'], *([f'timm-sot[{extra}]'] if extra else [])]
     for requirement in wanted:
         if requirement.startswith('timm-sot['):
