@@ -15,7 +15,7 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 
 from timm_sot.export.score import evaluate
-from timm_sot.weights import explained, packaged_weights
+from timm_sot.weights import explained, packaged_weights, with_readable_folder
 
 ROOT = Path(__file__).parents[1]
 HUB = ROOT / 'hub'
@@ -245,6 +245,18 @@ def test_original_checkpoint_is_still_a_file(folder):
     torch.save({'state_dict': weights}, folder / 'w.pth')
     model = timm.create_model('cct_2_sot_qk', pretrained=True, pretrained_cfg_overlay=dict(file=str(folder / 'w.pth')))
     assert torch.equal(logits(model), logits(timm.create_model(NAME, pretrained=True)))
+
+
+@pytest.mark.parametrize('version, is_read', [
+    ('1.0.21', False), ('1.0.25', False), ('1.0.26', True), ('1.1.0.dev0', True)])
+def test_folders_that_timm_does_not_read(folder, monkeypatch, version, is_read):
+    """It gets the file instead, where there is one."""
+    monkeypatch.setattr(timm, '__version__', version)
+    given = dict(pretrained_cfg=dict(source='local-dir', file=str(folder), num_classes=10), depth=2)
+    cfg = dict(source=None, file=str(folder / 'model.safetensors'), num_classes=10)
+    assert with_readable_folder(given) == (given if is_read else dict(pretrained_cfg=cfg, depth=2))
+    os.remove(folder / 'model.safetensors')
+    assert with_readable_folder(given) == given
 
 
 class Evil:
