@@ -32,7 +32,8 @@ def logits(model):
 
 def test_every_small_model_has_weights():
     assert timm.list_models('cct*', pretrained=True) == MODELS
-    assert [name.partition('.')[0] for name in MODELS] == timm.list_models('cct_2*')
+    defaults = [f'{name}.cifar10' for name in timm.list_models('cct_2*')]
+    assert MODELS == sorted([*defaults, 'cct_2_sot_shares.e200_cifar10'])
     for name in timm.list_models('cct*'):
         cfg = timm.get_pretrained_cfg(name)
         # a default that names an account of somebody else would let them choose the weights
@@ -48,11 +49,13 @@ def test_package_and_folder(name):
     assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
     assert 1e6 < (HUB / name / 'model.safetensors').stat().st_size < 1.3e6
     expected = logits(timm.create_model(f'local-dir:{HUB / name}', pretrained=True))
-    for source in (name, name.partition('.')[0]):
-        assert torch.equal(logits(timm.create_model(source, pretrained=True)), expected)
+    model, _, tag = name.partition('.')
+    for source in (name, model):
+        is_meant = source == name or tag == 'cifar10'
+        assert torch.equal(logits(timm.create_model(source, pretrained=True)), expected) == is_meant
     assert not torch.equal(logits(timm.create_model(name)), expected)
     config = json.loads((HUB / name / 'config.json').read_text())
-    # the default tag has no arguments: the folder's must be the entry point's own
+    # a tag has no arguments: the folder's must compute what the entry point's own do
     torch.testing.assert_close(
         logits(timm.create_model(name, pretrained=True, **config['model_args'])), expected, rtol=0, atol=0)
 
@@ -337,12 +340,14 @@ def test_card(name):
     assert f'| `{name}` | {result.metric_value:.2f} % |' in (ROOT / 'README.md').read_text()
     assert f'on the 10,000 images of `{result.dataset_split}/`' in card(name).text
     epochs, = re.findall(r'\| Epochs \| (\d+) \|', card(name).text)
-    assert int(epochs) == 30 and result.metric_value > 70
+    assert int(epochs) == (200 if '.e200_' in name else 30) and result.metric_value > 70
 
 
-@pytest.mark.skipif('CIFAR10_DIR' not in os.environ, reason='set CIFAR10_DIR to the images of the cards')
+@pytest.mark.skipif('CIFAR10_DIR' not in os.environ, reason='set CIFAR10_DIR to the images of a card')
 @pytest.mark.parametrize('name', MODELS)
 def test_top1_is_that_of_the_card(name):
     result, = card(name).data.eval_results
     score = evaluate(timm.create_model(name, pretrained=True), os.environ['CIFAR10_DIR'])
+    if score.digest not in card(name).text:  # JPEG files, or those without loss
+        pytest.skip('set CIFAR10_DIR to the images of this card')
     assert (score.top1, score.images) == (result.metric_value, 10000)

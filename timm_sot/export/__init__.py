@@ -40,7 +40,7 @@ def export(
 
     Args:
         checkpoint: A checkpoint of timm's train.py, or the safetensors of a finished run of a study.
-        out: The folder, named <model>.<tag>; the tag names the data.
+        out: The folder, named <model>.<tag>; the tag names the data, after e<epochs>_ if other weights have it, too.
         data_dir: Images to evaluate on, in val/<class>/, or else test/<class>/, or else <class>/.
         device: Where to evaluate, None for the CPU.
         model_kwargs: Arguments to use in place of those of the training, None for the model's default; the card names

@@ -1,4 +1,5 @@
 """ The model card of a folder """
+import re
 from typing import Optional
 
 from huggingface_hub import EvalResult, ModelCardData
@@ -16,7 +17,8 @@ PROJECT = 'Self-Optimal-Transport attention and these models to ' \
 
 def format_card(name: str, model: nn.Module, source: Checkpoint, score: Optional[Score]) -> str:
     """The README.md of a folder, with the metadata that the Hub asks for."""
-    data = name.partition('.')[2] or source.data
+    # of a tag like timm's e200_in12k, 200 epochs on in12k, the data
+    data = re.sub(r'^e\d+_', '', name.partition('.')[2]) or source.data
     cfg = model.pretrained_cfg
     results = [EvalResult(
         task_type='image-classification', dataset_type=data, dataset_name=data, dataset_split=score.split,
