@@ -39,6 +39,19 @@ def test_differences_figure():
     assert [text.get_text() for text in one.legends[0].get_texts()] == ['a pair of runs of one seed'], 'no interval'
 
 
+def test_long_names_are_not_cut_off():
+    baseline = 'cct_2_sot_shares attn_drop_rate=0.0 drop_path_rate=0.0 sot_iters=0'
+    pair = paired(BETTER, BASELINE, 'final')
+    for figure in (
+            figures.differences({baseline[:-1] + '5': pair}, baseline),
+            figures.sweep({1: BETTER}, 'x', 'row', 'test images', baseline, BASELINE, {1: pair})):
+        figure.draw_without_rendering()
+        ax = figure.axes[-1]
+        for label in (ax.xaxis.label, ax.yaxis.label, *ax.get_xticklabels(), *ax.get_yticklabels()):
+            box = label.get_window_extent()
+            assert box.x0 >= 0 and box.x1 <= figure.bbox.x1 and box.y0 >= 0 and box.y1 <= figure.bbox.y1, label
+
+
 def test_sweep_figure():
     values = {reg: [line for line in SWEEP if line['kwargs']['sot_reg'] == reg] for reg in (0.1, 0.2, 0.5, 1)}
     compared = {reg: paired(row, BETTER, 'final') for reg, row in values.items()}

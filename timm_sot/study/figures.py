@@ -3,6 +3,7 @@
 Bands are the mean ± one standard deviation over seeds, the spread of single runs; bars are the 95 % intervals of
 paired differences. A row with one run is a line or a point, without either.
 """
+import textwrap
 from itertools import cycle
 from typing import Any, Dict, List, Mapping, Optional, Sequence
 
@@ -74,7 +75,8 @@ def differences(
         baseline: What it calls the baseline.
         original: Published differences by row.
     """
-    figure = new_figure(1.3 + 0.38 * len(rows))
+    xlabel = wrapped(f'top-1 minus that of {baseline}, percentage points', 50)
+    figure = new_figure(1.1 + 0.2 * len(xlabel.splitlines()) + 0.38 * len(rows))
     ax = figure.subplots()
     ax.axvline(0, color='black', linewidth=1)
     for y, (label, difference) in enumerate(rows.items()):
@@ -88,11 +90,16 @@ def differences(
             ax.plot(original[label], y - 0.2, 'x', color=GREY, markersize=5, label=ORIGINAL)
     ax.set_yticks(range(len(rows)), [f'{label} (n = {difference.summary.n})' for label, difference in rows.items()])
     ax.set_ylim(len(rows) - 0.4, -0.6)
-    ax.set_xlabel(f'top-1 minus that of {baseline}, percentage points')
+    ax.set_xlabel(xlabel)
     ax.grid(axis='x', alpha=0.3)
     handles = dict(zip(*reversed(ax.get_legend_handles_labels())))
     figure.legend(handles.values(), handles.keys(), loc='outside lower center', ncols=3, frameon=False)
     return figure
+
+
+def wrapped(text: str, width: int) -> str:
+    """In lines of at most so many characters, if its words are: matplotlib cuts off what is longer than an axis."""
+    return textwrap.fill(text, width, break_long_words=False, break_on_hyphens=False)
 
 
 def bars(summary: Summary):
@@ -160,7 +167,7 @@ def sweep(
             summary = difference.summary
             ax.errorbar(value, summary.mean, yerr=bars(summary), **MEAN)
         with_bars = any(bars(difference.summary) for difference in compared.values())
-        ax.set_ylabel(f'minus {baseline}' + ',\npaired, 95 % interval' * with_bars)
+        ax.set_ylabel(wrapped(f'minus {baseline}', 30) + ',\npaired, 95 % interval' * with_bars)
         ax.grid(alpha=0.3)
     ax.set_xlabel(argument)
     return figure
