@@ -98,7 +98,7 @@ def differences(
 
 
 def wrapped(text: str, width: int) -> str:
-    """In lines of at most so many characters, if its words are: matplotlib cuts off what is longer than an axis."""
+    """In lines of at most so many characters, if its words are: what does not fit into a figure is cut off."""
     return textwrap.fill(text, width, break_long_words=False, break_on_hyphens=False)
 
 
