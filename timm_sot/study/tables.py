@@ -150,14 +150,15 @@ def published(row: str) -> Optional[float]:
 
 
 def shorten(rows: Sequence[str], baseline: str) -> Tuple[Dict[str, str], str]:
-    """Rows by shorter names, without the arguments that all but the baseline share, and a sentence that says so."""
+    """Rows but the baseline by shorter names, without the arguments that they share, and a sentence that says so."""
     words_of = {row: re.split(r' (?=\w+=)', row) for row in rows if row != baseline}
     others = [*words_of.values()]
     shared = [word for word in others[0][1:] if all(word in words for words in others)] if len(others) > 1 else []
     labels = {row: ' '.join(word for word in words if word not in shared) for row, words in words_of.items()}
     if not shared or len({*labels.values(), baseline}) <= len(labels):  # two of one name
         return {row: row for row in rows}, ''
-    but = f' but `{baseline}`' if baseline in rows else ''
+    without = baseline in rows and not set(shared) <= set(re.split(r' (?=\w+=)', baseline))
+    but = f' but `{baseline}`' if without else ''
     return {row: labels.get(row, row) for row in rows}, f' All rows{but} with `{" ".join(shared)}`.'
 
 
