@@ -76,6 +76,20 @@ def test_numbers(tmp_path):
     assert 'All rows but `cct_2` with `sot_reg=0.1 sot_tol=0.1`.' in text
 
 
+def test_baseline_with_the_arguments_of_all(tmp_path, monkeypatch):
+    """It goes by as short a name as the rows."""
+    called = []
+    monkeypatch.setattr(
+        figures, 'differences', lambda compared, baseline, original: called.append((*compared, baseline)) or Figure())
+    write(tmp_path, [{**result, 'kwargs': SOT} for result in BASELINE] + BETTER + HIGHER)
+    text = written(tmp_path, baseline='cct_2 sot_reg=0.1 sot_tol=0.1')
+    header, _, first, *_ = tables(text)['All rows'][0]
+    assert (header[4], first[0]) == ('minus `cct_2`', '`cct_2`')
+    assert 'Above `cct_2`: `better`. Below: none. Undecided: `higher`.' in text
+    assert 'Paired differences to `cct_2` after' in text and called == [('better', 'higher', 'cct_2')]
+    assert text.count('All rows with `sot_reg=0.1 sot_tol=0.1`.') == 3
+
+
 def bold_cells(text):
     found = [lines for lists in tables(text).values() for lines in lists]
     return [cell for lines in found for line in lines for cell in line if '**' in cell]

@@ -18,8 +18,9 @@ def test_shortened_rows():
     rows = ['base', 'a size=[4, 8] x=1', 'b size=[2, 8] x=1']
     assert tables.shorten(rows, 'base') == (
         {'base': 'base', rows[1]: 'a size=[4, 8]', rows[2]: 'b size=[2, 8]'}, ' All rows but `base` with `x=1`.')
-    # a baseline that has them, too, is not said to be without
-    assert tables.shorten(['base x=1', 'a x=1', 'base y=2 x=1'], 'base x=1') == (
-        {'base x=1': 'base x=1', 'a x=1': 'a', 'base y=2 x=1': 'base y=2'}, ' All rows with `x=1`.')
+    assert tables.shorten(['base x=1', 'a x=1', 'base y=2 x=1'], 'base x=1') == (  # the baseline has them, too
+        {'base x=1': 'base', 'a x=1': 'a', 'base y=2 x=1': 'base y=2'}, ' All rows with `x=1`.')
+    assert tables.shorten(['base x=1', 'a x=1 y=2', 'b x=1 y=2'], 'base x=1') == (  # one of two
+        {'base x=1': 'base x=1', 'a x=1 y=2': 'a', 'b x=1 y=2': 'b'}, ' All rows but `base x=1` with `x=1 y=2`.')
     for kept in (['base', 'a x=1'], ['base', 'base x=1', 'a x=1'], ['base', 'a x=1', 'a x=2']):
         assert tables.shorten(kept, 'base') == ({row: row for row in kept}, '')

@@ -160,9 +160,10 @@ def draw(
         original = {
             labels[row]: published(row) - published(baseline) for row in compared
             if section.original and published(row) and published(baseline)}
-        figure = figures.differences({labels[row]: diff for row, diff in compared.items()}, baseline, original)
+        figure = figures.differences(
+            {labels[row]: diff for row, diff in compared.items()}, labels[baseline], original)
         parts.append(save(figure, 'differences', (
-            f'Paired differences to `{baseline}` after the last epoch, with 95 % intervals.{common}')))
+            f'Paired differences to `{labels[baseline]}` after the last epoch, with 95 % intervals.{common}')))
     for sweep in sweeps:
         differences = {
             value: paired(section.rows[row], against, 'final') for value, row in sweep.rows.items() if row != baseline}

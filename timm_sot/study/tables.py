@@ -45,7 +45,7 @@ def format_tables(
     header = ['row', 'n', 'top-1', '95 % interval']
     compared = baseline in rows and len(rows) > 1
     if compared:
-        header += [f'minus `{baseline}`', '95 % interval', 'pairs', 'p (Holm)']
+        header += [f'minus `{labels[baseline]}`', '95 % interval', 'pairs', 'p (Holm)']
 
     def cells(comparison: Comparison, may_be_bold: bool) -> List[str]:
         line = [f'`{labels[comparison.row]}`', str(comparison.summary.n), format_mean(comparison.summary),
@@ -150,16 +150,21 @@ def published(row: str) -> Optional[float]:
 
 
 def shorten(rows: Sequence[str], baseline: str) -> Tuple[Dict[str, str], str]:
-    """Rows but the baseline by shorter names, without the arguments that they share, and a sentence that says so."""
-    words_of = {row: re.split(r' (?=\w+=)', row) for row in rows if row != baseline}
-    others = [*words_of.values()]
+    """Rows by shorter names, without the arguments that all of them share, or all but the baseline, and a sentence that
+    says so.
+    """
+    words_of = {row: re.split(r' (?=\w+=)', row) for row in rows}
+    others = [words for row, words in words_of.items() if row != baseline]
     shared = [word for word in others[0][1:] if all(word in words for words in others)] if len(others) > 1 else []
     labels = {row: ' '.join(word for word in words if word not in shared) for row, words in words_of.items()}
-    if not shared or len({*labels.values(), baseline}) <= len(labels):  # two of one name
+    but = ''
+    if baseline in rows and not set(shared) <= set(words_of[baseline]):
+        labels[baseline] = baseline
+        but = f' but `{baseline}`'
+    names = {*labels.values(), labels.get(baseline, baseline)}
+    if not shared or len(names) < len({*rows, baseline}):  # two of one name
         return {row: row for row in rows}, ''
-    without = baseline in rows and not set(shared) <= set(re.split(r' (?=\w+=)', baseline))
-    but = f' but `{baseline}`' if without else ''
-    return {row: labels.get(row, row) for row in rows}, f' All rows{but} with `{" ".join(shared)}`.'
+    return labels, f' All rows{but} with `{" ".join(shared)}`.'
 
 
 def format_mean(summary: Summary) -> str:
@@ -190,7 +195,7 @@ def format_verdict(comparisons: Sequence[Comparison], labels: Mapping[str, str],
         if comparison.row != baseline:
             groups[decide(comparison.difference, comparison.p)].append(f'`{labels[comparison.row]}`')
     above, below, undecided = (', '.join(groups[sign]) or 'none' for sign in (1, -1, 0))
-    return f'Above `{baseline}`: {above}. Below: {below}. Undecided: {undecided}.\n'
+    return f'Above `{labels[baseline]}`: {above}. Below: {below}. Undecided: {undecided}.\n'
 
 
 def format_published(row: str, baseline: str) -> str:
