@@ -580,6 +580,13 @@ def test_set_input_size(size):
     assert model(images(size[0], size[0])).shape == (2, 10)
 
 
+def test_set_input_size_to_the_current_one():
+    model = create(img_size=(24, 40))
+    embedding = model.pos_embed
+    model.set_input_size()
+    assert (model.img_size, model.grid_size) == ((24, 40), GRID[24, 40]) and model.pos_embed is embedding
+
+
 def test_set_input_size_to_as_many_tokens():
     # 4 x 16 tokens are as many as 8 x 8, in other places: a slope from top to bottom stays one
     model = create()
@@ -601,7 +608,7 @@ def test_set_input_size_sine():
 @pytest.mark.parametrize('size, match', [
     (0, r'img_size=0 must be an integer of at least 1'),
     ((48, 33.5), r'img_size=33\.5 must be an integer of at least 1'),
-    (None, r'img_size=None must be an integer of at least 1'),
+    ((48, None), r'img_size=None must be an integer of at least 1'),
     ((3, 48, 48), r'img_size=\(3, 48, 48\) must be one number or \(height, width\)'),
 ])
 def test_set_input_size_to_what_is_no_size(size, match):
@@ -834,7 +841,10 @@ def test_forward_intermediates(size, checkpointing):
             del seen[:]
             picked = model.forward_intermediates(x, indices=indices, stop_early=True, intermediates_only=True)
             assert len(picked) == len(levels) and all(torch.equal(p, maps[i]) for p, i in zip(picked, levels))
-            assert len(seen) <= max(levels[-1] + 1, 2)  # the rest of the layers did not run
+            assert len(seen) == levels[-1] + 1  # the rest of the layers did not run
+        del seen[:]
+        final, picked = model.forward_intermediates(x, indices=[0], stop_early=True)
+        assert torch.equal(picked[0], maps[0]) and final.shape == (2, H * W, 128) and len(seen) == 2
         with pytest.raises(AssertionError, match='NCHW or NLC'):
             model.forward_intermediates(x, output_fmt='NHWC')
 

@@ -67,6 +67,33 @@ def test_saved_with_the_attention_that_apply_sot_gave_it(tmp_path, before, after
 
 
 @pytest.mark.skipif(update_model_args is None, reason='needs the saved arguments of timm 1.0.31')
+@pytest.mark.parametrize('after', ['softmax', 'sot_qk', 'sot_shares'])
+def test_naflexvit_is_saved_with_its_attention(tmp_path, after):
+    kwargs = dict(patch_size=16, embed_dim=64, depth=2, num_heads=2, pos_embed_grid_size=(2, 2))
+    model = timm.create_model('naflexvit_base_patch16_gap', attn_layer='sot_shares', num_classes=3, **kwargs)
+    apply_sot(model, after).eval()
+    save_for_hf(model, tmp_path)
+    loaded = timm.create_model(f'local-dir:{tmp_path}', pretrained=True).eval()
+    x = torch.randn(2, 3, 32, 32)
+    assert torch.equal(loaded(x), model(x))
+
+
+@pytest.mark.skipif(update_model_args is None, reason='needs the saved arguments of timm 1.0.31')
+@pytest.mark.parametrize('wrap', [torch.compile, torch.nn.Sequential])
+def test_attention_is_recorded_in_the_model_that_another_module_holds(wrap):
+    model = timm.create_model('test_vit', img_size=32)
+    apply_sot(wrap(model), 'sot_qk')
+    assert get_model_args(model)['attn_layer'] == 'sot_qk'
+
+
+@pytest.mark.skipif(update_model_args is None, reason='needs the saved arguments of timm 1.0.31')
+def test_each_of_several_models_has_a_record_of_its_own():
+    models = torch.nn.Sequential(*(timm.create_model('test_vit', img_size=32) for _ in range(2)))
+    apply_sot(models, 'sot_qk', blocks=range(len(models[0].blocks)))
+    assert [get_model_args(model).get('attn_layer') for model in models] == ['sot_qk', None]
+
+
+@pytest.mark.skipif(update_model_args is None, reason='needs the saved arguments of timm 1.0.31')
 @pytest.mark.parametrize('kwargs', [dict(reg=0.5), dict(blocks=[0])])
 def test_attention_without_a_name_is_saved_without_one(tmp_path, kwargs):
     """Of a model that had one, too: it would say what is not so."""

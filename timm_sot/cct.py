@@ -479,17 +479,18 @@ class CCT(nn.Module):
         self.head = nn.Linear(self.num_features, num_classes, **dd) if num_classes > 0 else nn.Identity()
         self.head.train(self.training)
 
-    def set_input_size(self, img_size: Union[int, Tuple[int, int]]) -> None:
+    def set_input_size(self, img_size: Optional[Union[int, Tuple[int, int]]] = None) -> None:
         """Update the input image resolution; a learned position embedding is resampled to it.
 
         Args:
-            img_size: New input resolution in pixels, one number or (height, width).
+            img_size: New input resolution in pixels, one number or (height, width), None for the current one.
 
         Raises:
             ValueError: If it is no size; the model is then unchanged.
         """
         old_size = self.grid_size
-        self.img_size = check_img_size(img_size)
+        if img_size is not None:
+            self.img_size = check_img_size(img_size)
         self.grid_size = self.tokenizer.grid_size(self.img_size)
         if self.pos_embed is not None and self.grid_size != old_size:
             with torch.no_grad():
@@ -549,7 +550,8 @@ class CCT(nn.Module):
             indices: Take last n levels if int, all if None, select matching indices if sequence.
             norm: Apply norm layer to the intermediates of transformer layers (those of the tokenizer, of other widths,
                 are returned as they are).
-            stop_early: Stop iterating over levels when last desired intermediate hit.
+            stop_early: Stop iterating over levels when last desired intermediate hit; in the tokenizer only without
+                final features, which are made of all its stages.
             output_fmt: Shape of intermediate feature outputs, 'NCHW' or 'NLC'.
             intermediates_only: Only return intermediate features.
 
@@ -564,17 +566,21 @@ class CCT(nn.Module):
 
         # forward pass
         self._check_size(x)
-        for i, stage in enumerate(self.tokenizer.stages):
+        if torch.jit.is_scripting() or not stop_early:  # can't slice stages and blocks in torchscript
+            stages = self.tokenizer.stages
+            blocks = self.blocks
+        else:
+            stages = self.tokenizer.stages[:max_index + 1] if intermediates_only else self.tokenizer.stages
+            blocks = self.blocks[:max(0, max_index + 1 - num_stages)]
+        for i, stage in enumerate(stages):
             x = stage(x)
             if i in take_indices:
                 intermediates.append(x if reshape else x.flatten(2).transpose(1, 2))
+        if stop_early and intermediates_only and max_index < num_stages:
+            return intermediates
+
         B, _, H, W = x.shape
         x = self._pos_embed(x)
-
-        if torch.jit.is_scripting() or not stop_early:  # can't slice blocks in torchscript
-            blocks = self.blocks
-        else:
-            blocks = self.blocks[:max(0, max_index + 1 - num_stages)]
         for i, blk in enumerate(blocks):
             if self.grad_checkpointing and not torch.jit.is_scripting():
                 x = checkpoint(blk, x, [H, W])

@@ -8,7 +8,7 @@ the config.json that timm writes. timm has the table of names since 1.0.23; with
 from typing import Iterable
 
 from timm.layers import Attention
-from timm.models import vision_transformer
+from timm.models import naflexvit, vision_transformer
 from torch import nn
 
 try:
@@ -18,7 +18,7 @@ except ImportError:  # timm before 1.0.31 keeps no record of what a model was ch
 
 from .attention import SOTAttention, VARIANTS, settings_of
 
-__all__ = ['NAMED_LAYERS', 'record_name']
+__all__ = ['NAMED_LAYERS', 'NAMING_MODELS', 'record_name']
 
 
 def named_layer(variant: str) -> type:
@@ -38,14 +38,18 @@ if hasattr(vision_transformer, 'ATTN_LAYERS'):
     vision_transformer.ATTN_LAYERS.update(NAMED_LAYERS, softmax=Attention)
 
 
+# The models whose attention has a name. Others may have an argument that is called so, too, but not these names.
+NAMING_MODELS = (vision_transformer.VisionTransformer, naflexvit.NaFlexVit)
+
+
 def record_name(model: nn.Module, layers: Iterable[nn.Module]) -> None:
     """Have timm save a ViT with the name of its attention, where that says all of it, or else with none.
 
     Args:
-        model: The model; where it is none of timm's ViTs nothing happens.
+        model: The model.
         layers: All of its attention layers.
     """
-    if update_model_args is None or not isinstance(model, vision_transformer.VisionTransformer):
+    if update_model_args is None:
         return
     names = {name_of(layer) for layer in layers}
     name = names.pop() if len(names) == 1 else ''

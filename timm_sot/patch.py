@@ -7,7 +7,7 @@ from timm.layers import Attention
 from torch import nn
 
 from .attention import SOTAttention, check_variant
-from .layers import record_name
+from .layers import NAMING_MODELS, record_name
 
 __all__ = ['apply_sot']
 
@@ -34,10 +34,10 @@ def apply_sot(
 
     Weights do not say what attention they are for. Where timm saves a model's arguments with it (`save_for_hf`,
     `push_to_hf_hub`; from 1.0.31 on), a CCT whose layers all have the same attention is saved with its `attn`,
-    `sot_reg`, `sot_iters`, `sot_tol` and `sot_distance`, and a timm ViT whose layers all have the same variant, the
-    other settings at their defaults, with its `attn_layer`. Any other model is loaded with timm's own attention: call
-    `apply_sot` again, for 'sot_shares', which has parameters of its own, on a model without weights, and load them
-    afterwards with `load_state_dict`.
+    `sot_reg`, `sot_iters`, `sot_tol` and `sot_distance`, and a timm ViT, also a NaFlexViT, whose layers all have the
+    same variant, the other settings at their defaults, with its `attn_layer`. Any other model is loaded with timm's own
+    attention: call `apply_sot` again, for 'sot_shares', which has parameters of its own, on a model without weights,
+    and load them afterwards with `load_state_dict`.
 
     Args:
         model: Model with `timm.layers.Attention` layers: ViT, DeiT, CCT and others.
@@ -91,10 +91,12 @@ def apply_sot(
             if type(layer) is Attention:
                 layer.__class__ = SOTAttention
             layer.set_variant(variant, reg=reg, iters=iters, tol=tol, distance=distance)
-    for module in model.modules():
+    layers = set(attention_layers(model).values())
+    for module in model.modules():  # what was passed in may hold the model, as that of torch.compile does
         if hasattr(module, 'record_attention'):  # a CCT
             module.record_attention()
-    record_name(model, attention_layers(model).values())
+        elif isinstance(module, NAMING_MODELS):
+            record_name(module, layers.intersection(module.modules()))
     return model
 
 
