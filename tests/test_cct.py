@@ -4,6 +4,7 @@ import io
 import logging
 import math
 import pickle
+import re
 import shutil
 
 import pytest
@@ -812,6 +813,19 @@ LEVELS = {
 def test_feature_info(name):
     model = timm.create_model(name, device='meta')
     assert model.feature_info == [dict(module=m, num_chs=c, reduction=r) for m, c, r in LEVELS[name]]
+
+
+@pytest.mark.parametrize('recorded, num_classes, warned', [
+    (None, 100, True), (100, 100, False), (None, 10, False), (None, 7, False)])
+def test_head_that_timm_does_not_load(tmp_path, caplog, recorded, num_classes, warned):
+    """Though it fits: timm goes by the number of classes of the configuration, 10."""
+    torch.save(create(num_classes=num_classes if num_classes != 7 else 10).state_dict(), tmp_path / 'w.pth')
+    overlay = dict(file=str(tmp_path / 'w.pth'), **({} if recorded is None else dict(num_classes=recorded)))
+    model = timm.create_model('cct_2', pretrained=True, num_classes=num_classes, pretrained_cfg_overlay=overlay)
+    head = torch.load(tmp_path / 'w.pth')['head.weight']
+    assert torch.equal(model.head.weight, head) == (not warned and num_classes != 7)
+    message = 'of 100 classes as the model has, is not loaded, .* are of 10; .*overlay=dict\\(num_classes=100\\)'
+    assert bool(re.search(message, caplog.text)) == warned and ('is not loaded' in caplog.text) == warned
 
 
 @pytest.mark.parametrize('size', [(32, 32), (24, 40)])

@@ -8,6 +8,7 @@ import venv
 from pathlib import Path
 from urllib.error import HTTPError, URLError
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -98,7 +99,7 @@ def change(folder, function):
 
 
 SPOILT = {
-    'truncated': (lambda f: os.truncate(f / 'model.safetensors', 700000), 'damaged or cut off'),
+    'truncated': (lambda f: os.truncate(f / 'model.safetensors', 700000), 'damaged, cut off or no checkpoint'),
     'shape': (lambda f: change(f, lambda w: w.update({'norm.bias': torch.zeros(64)})), 'size mismatch for norm.bias'),
     'extra': (lambda f: change(f, lambda w: w.update({'more': torch.zeros(1)})), r'unlike the model, 1 .*\(more\)'),
     'missing': (lambda f: change(f, lambda w: w.pop('norm.bias')), r'lacks 1 parameters \(norm.bias\)'),
@@ -147,14 +148,33 @@ def test_damaged_pickle(tmp_path, size):
     file = tmp_path / 'mine.pth'
     torch.save(timm.create_model('cct_2_sot_qk').state_dict(), file)
     os.truncate(file, size)
-    with pytest.raises(Exception, match=rf'^file {file}: mine.pth is damaged or cut off \(.+\); .* copy it anew.$'):
+    with pytest.raises(Exception, match=rf'^file {file}: mine.pth is damaged, cut off or no checkpoint \(.+\); .* copy it anew.$'):
         timm.create_model('cct_2_sot_qk', pretrained=True, pretrained_cfg_overlay=dict(file=str(file)))
+
+
+def test_archive_that_is_no_checkpoint(tmp_path):
+    np.savez(tmp_path / 'mine.npz', a=np.ones(3))
+    with pytest.raises(RuntimeError, match=r'mine.npz is damaged, cut off or no checkpoint \(.+\); check its path'):
+        timm.create_model(
+            'cct_2_sot_qk', pretrained=True, pretrained_cfg_overlay=dict(file=str(tmp_path / 'mine.npz')))
+
+
+def test_folder_in_the_place_of_a_file(folder):
+    message = f'^file {folder}: this is a folder; name a file in it, or, .*, local-dir:{folder} in place of the model'
+    with pytest.raises(FileNotFoundError, match=message):
+        timm.create_model('cct_2_sot_qk', pretrained=True, pretrained_cfg_overlay=dict(file=str(folder)))
+
+
+def test_what_says_itself_what_would_work_gets_no_other_advice():
+    message = "^file .* of timm-sot: the checkpoint carries .*; create the model with pos_embed='learn'.$"
+    with pytest.raises(ValueError, match=message):
+        timm.create_model('cct_2', pretrained=True, pos_embed='sine')
 
 
 def test_damaged_file_of_another_name(folder):
     file = (folder / 'model.safetensors').rename(folder / 'mine.safetensors')
     os.truncate(file, 700000)
-    with pytest.raises(Exception, match='mine.safetensors is damaged or cut off'):
+    with pytest.raises(Exception, match='mine.safetensors is damaged, cut off or no checkpoint'):
         timm.create_model('cct_2_sot_qk', pretrained=True, pretrained_cfg_overlay=dict(file=str(file)))
 
 
@@ -163,7 +183,7 @@ def test_damaged_package(tmp_path, monkeypatch):
     path.parent.mkdir()
     path.write_bytes((HUB / NAME / 'model.safetensors').read_bytes()[:700000])
     monkeypatch.setattr('timm_sot.weights.hub_folder', lambda: tmp_path)
-    message = 'of timm-sot: model.safetensors is damaged or cut off .*; install timm-sot again'
+    message = 'of timm-sot: model.safetensors is damaged, cut off or no checkpoint .*; install timm-sot again'
     with pytest.raises(Exception, match=message):
         timm.create_model('cct_2_sot_qk', pretrained=True, pretrained_cfg_overlay=dict(file=str(path)))
 

@@ -772,6 +772,14 @@ def checkpoint_filter_fn(
             _logger.info(f'Resized position embedding: {old_size} to {model.grid_size}.')
         out['pos_embed'] = resize_pos_embed(pos_embed, list(old_size), list(model.grid_size), False)
 
+    # timm goes by the classes that the configuration names, not by those of the checkpoint
+    classes = len(out['head.bias']) if 'head.bias' in out else 0
+    recorded = getattr(model, 'pretrained_cfg', {}).get('num_classes', classes)
+    if recorded != classes == model.num_classes:
+        _logger.warning(
+            f'The head of the checkpoint, of {classes} classes as the model has, is not loaded, as pretrained_cfg says '
+            f'of the weights that they are of {recorded}; say it with pretrained_cfg_overlay=dict(num_classes={classes}).')
+
     unused = [name for name in out if (
         name == 'pos_embed' and model.pos_embed is None or name.startswith('attn_pool.') and model.attn_pool is None)]
     for name in unused:

@@ -93,7 +93,12 @@ def weights_source(cfg: Dict[str, Any]) -> str:
 
 def was_loading(error: Exception) -> bool:
     """Whether an error came up while timm loaded weights, and not while it made the model."""
-    return any(frame.name == 'load_pretrained' for frame in traceback.extract_tb(error.__traceback__))
+    return came_through(error, 'load_pretrained')
+
+
+def came_through(error: Exception, function: str) -> bool:
+    """Whether an error was raised in a function of that name, or in what it called."""
+    return any(frame.name == function for frame in traceback.extract_tb(error.__traceback__))
 
 
 def source_of(cfg: Dict[str, Any]) -> str:
@@ -115,9 +120,12 @@ def explain(error: Exception, cfg: Dict[str, Any], with_config: bool) -> None:
         cfg: The configuration of the weights, its `source` that of `weights_source`.
         with_config: Whether the arguments of the model came with the weights.
     """
-    # torch says of a pickle that is cut off that its zip archive has no end, or no beginning
-    damaged = isinstance(error, (SafetensorError, EOFError)) or 'PytorchStreamReader' in str(error) or (
-        isinstance(error, KeyError) and isinstance(error.args[0], int))  # an opcode that no pickle has
+    # torch says of a pickle that is cut off that its zip archive has no end, or no beginning, or of another zip archive
+    # that it has not the files of a pickle
+    damaged = (
+        isinstance(error, (SafetensorError, EOFError))
+        or any(reader in str(error) for reader in ('PytorchStreamReader', 'inline_container'))
+        or isinstance(error, KeyError) and isinstance(error.args[0], int))  # an opcode that no pickle has
     file = WEIGHTS_FILE
     if cfg['source'] == 'hf-hub' and with_config:
         repo_id = cfg['hf_hub_id'].partition('@')[0]
@@ -147,6 +155,9 @@ def explain(error: Exception, cfg: Dict[str, Any], with_config: bool) -> None:
             advice = 'create the model with the arguments that the weights were trained with'
 
     source, message = source_of(cfg), str(error).rstrip('.')
+    if isinstance(error, ValueError) and came_through(error, 'checkpoint_filter_fn'):  # it says itself what would work
+        error.args = (f'{source}: {message}.',)
+        return
     if isinstance(error, OSError) and error.errno is not None:
         if cfg['source'] in ('hf-hub', 'url'):
             advice = 'free space, or choose another cache with cache_dir or HF_HOME'
@@ -154,8 +165,11 @@ def explain(error: Exception, cfg: Dict[str, Any], with_config: bool) -> None:
         return
     if isinstance(error, FileNotFoundError) and not message:
         message = 'there is no such file'
+        if cfg['source'] == 'file' and Path(cfg['file']).is_dir():
+            message = 'this is a folder'
+            advice = f'name a file in it, or, with a config.json in it, local-dir:{cfg["file"]} in place of the model'
     elif damaged:
-        message = f'{file} is damaged or cut off ({message.partition(". ")[0] or type(error).__name__})'
+        message = f'{file} is damaged, cut off or no checkpoint ({message.partition(". ")[0] or type(error).__name__})'
     elif 'weights_only' in message:  # timm has refused a pickle, and goes on to say how to load it nevertheless
         message = message.partition('. ')[0]
         advice = 'it holds more than weights, or none, have them saved as safetensors'
