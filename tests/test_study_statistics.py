@@ -122,6 +122,7 @@ def make_difference(low, high):
     (-1.5, -0.5, 0.04, -1),
     (0.5, 1.5, 0.06, 0),  # Holm does not reject
     (0.5, 1.5, 0.05, 0),
+    (0.5, 1.5, 0.04998, 0),  # it is printed as 0.05
     (-0.1, 1.5, 0.04, 0),  # the interval contains zero
     (-1.5, 0.1, 0.04, 0),
     (0.004, 1.5, 0.04, 0),  # it is printed as 0.00 to 1.50

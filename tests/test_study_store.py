@@ -23,11 +23,15 @@ def make_result(run=RUN, data='images', device='cpu'):
 
 def test_run_names():
     assert RUN.row == 'cct_2 sot_reg=0.5' and RUN.name == 'cct_2-sot_reg-0.5-seed-3-epochs-2'
-    assert Run('a/b', {}, 0, 1).name == 'a-b-seed-0-epochs-1'
-    values = [0.5, -0.5, 1e-05, -1e-05, (8, 4), (-8, 4), (8, -4)]
+    assert Run('a-b', {'x': [8, 4], 'y': 'c-d'}, 0, 1).name == 'a-b-x-8-4-y-c-d-seed-0-epochs-1'
+    models = ['a-b', 'a/b', 'a:b', 'hf-hub:a/b', 'hf-hub:a-b', 'hf-hub-a-b']
+    assert len({Run(model, {}, 0, 1).name for model in models}) == len(models)
+    values = [
+        0.5, -0.5, 1e-05, -1e-05, (8, 4), (-8, 4), (8, -4), 1e-16, 1e16, 'b-c', 'b/c', 'b c', 'b=c', 'b+c', ['b/c', 4]]
     names = [Run('a', {'x': value}, 0, 1).name for value in values]
     assert len({*names}) == len(values) and names[:3:2] == ['a-x-0.5-seed-0-epochs-1', 'a-x-1e-05-seed-0-epochs-1']
-    assert Run('a', {'x': [-8, 4]}, 0, 1).name == names[5], 'as it comes back from JSON'
+    for index, value in ((5, [-8, 4]), (-1, ('b/c', 4))):
+        assert Run('a', {'x': value}, 0, 1).name == names[index], 'as it comes back from JSON'
 
 
 def test_results(tmp_path):

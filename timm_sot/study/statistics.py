@@ -99,10 +99,10 @@ def holm(p_values: Sequence[Optional[float]]) -> List[Optional[float]]:
 def decide(difference: Optional[Difference], adjusted: Optional[float], digits: int = 2) -> int:
     """Whether a row is better than the other (1), worse (-1) or neither was shown (0).
 
-    It takes both: an interval on one side of zero, also as it is printed with `digits` decimals, and an adjusted
-    p-value that rejects. (The second implies the first but for rounding.)
+    It takes both, also as they are printed: an interval on one side of zero, with `digits` decimals, and an adjusted
+    p-value that rejects, with three digits. (The second implies the first but for rounding.)
     """
-    if difference is None or difference.summary.low is None or adjusted is None or not adjusted < ALPHA:
+    if difference is None or difference.summary.low is None or adjusted is None or not float(f'{adjusted:.3g}') < ALPHA:
         return 0
     low, high = round(difference.summary.low, digits), round(difference.summary.high, digits)
     return (low > 0) - (high < 0)

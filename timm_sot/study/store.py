@@ -11,6 +11,7 @@ unlike flock its locks are not inherited by workers, which outlive a killed proc
 under a lock, too, and a file appears under its name when it is complete.
 """
 import contextlib
+import hashlib
 import json
 import os
 import re
@@ -61,9 +62,13 @@ class Run(NamedTuple):
 
     @property
     def name(self) -> str:
-        """Fit for a file."""
+        """Fit for a file, and another for every run."""
         text = re.sub(r'(?<!\w)-(?=[\w.])', 'minus', f'{self.row} seed {self.seed} epochs {self.epochs}')
-        return re.sub(r'[^\w.]+', '-', text)
+        text = re.sub(r'[^\w.]+', '-', text)
+        if re.sub(r' \w+=|[\w.-]|, |[][()]', '', self.row):  # hyphens stand for more than the joints of a row
+            row = self.row.translate(str.maketrans('()', '[]'))  # tuples come back from JSON as lists
+            text += '-' + hashlib.sha256(row.encode()).hexdigest()[:8]
+        return text
 
 
 def row_name(model: str, kwargs: Dict[str, Any]) -> str:
