@@ -319,6 +319,24 @@ def test_dtype_argument(variant, dtype):
     assert error(seen['weights'], expected) < rounding + (1e-12 if dtype == torch.float64 else 1e-5)
 
 
+@pytest.mark.parametrize('fused', [False, True])
+@pytest.mark.parametrize('variant', [name for name in VARIANTS if name != 'sot_qkt'])
+def test_no_tokens(variant, fused):
+    layer, x = make_layer(variant), make_tokens(tokens=0).requires_grad_()
+    layer.fused_attn = fused
+    layer(x).sum().backward()
+    assert layer(x).shape == x.grad.shape == (2, 0, 32)
+
+
+@pytest.mark.parametrize('reg', [1e-8, 1e-12, 1e-30])
+def test_regularizations_of_which_float32_has_no_digit(reg):
+    for seed in range(10):  # not all would show it
+        layer, x = make_layer(reg=reg), make_tokens(seed=seed).requires_grad_()
+        layer(x).sum().backward()
+        assert x.grad.isfinite().all()
+
+
+
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize('distance', ['euclidean', 'cosine'])
 @pytest.mark.parametrize('variant', SOT)

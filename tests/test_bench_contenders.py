@@ -29,8 +29,8 @@ def test_contenders_of_the_core_agree():
 def test_the_path_of_a_contender_is_the_one_it_takes(monkeypatch):
     asked = []
 
-    def choose(device, dtype, tokens, head_width, tol=None, strips=True):
-        asked.append((device, dtype, tokens, head_width, tol, strips))
+    def choose(device, dtype, tokens, head_width, tol=None, strips=True, reg=None):
+        asked.append((device, dtype, tokens, head_width, tol, strips, reg))
         return 'eager'
 
     monkeypatch.setattr(contenders, 'choose_path', choose)

@@ -57,6 +57,19 @@ def test_sizes(variant, N, D):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize('variant', ['sot_q', 'sot_qk', 'sot_qk_nosoftmax'])
+def test_parallel_points_are_at_cosine_distance_0(variant):
+    """Also where the lengths of the rows, or their inverses, are rounded."""
+    q, k, v, grad = make_inputs(3, 2, 20, 16)
+    direction = q[:, :, :1].clone()
+    direction[0] = torch.eye(16)[3]
+    q, k = direction * q[..., :1].exp(), direction * k[..., :1].exp()
+    out, grad_q, grad_k, _ = run('cpu', q, k, v, grad, variant, distance='cosine')
+    weight = 1 / 20 if 'nosoftmax' not in variant else 1 / 4
+    assert (out - weight * v.sum(dim=-2, keepdim=True)).abs().max() < 1e-5
+    assert not grad_q.any() and not grad_k.any()
+
+
 @pytest.mark.parametrize('reg', [0.02, 0.1])
 def test_many_tokens(reg):
     tensors = make_inputs(1, 1, 2049, 16)
@@ -88,6 +101,22 @@ def test_count_of_iterations(operands, reg, distance):
             counts.append(cpu.count_iterations(q, k, operands, reg, iters, tol, distance))
             assert counts[-1] == iterate_step_by_step(log_kernel, iters, tol / reg, None)[2]
     assert len(set(counts)) >= 4
+
+
+def test_count_of_iterations_in_parts(monkeypatch):
+    """Where the vectors of all images would be too many."""
+    q, k, _, _ = make_inputs(5, 2, 20, 20)
+    tolerances = (0.1, 1e-2, 1e-4)
+    expected = [cpu.count_iterations(q, k, 'qk', 0.02, 99, tol) for tol in tolerances]
+    kept, empty = [], torch.Tensor.new_empty
+    monkeypatch.setattr(
+        torch.Tensor, 'new_empty', lambda x, *shape, **kwargs: (kept.append(shape), empty(x, *shape, **kwargs))[1])
+    for most, images in ((2 * 2 * (21 + 2 * cpu.MAX_KEPT_ITERS) * 32, [2, 2, 1]), (1, [1] * 5)):
+        monkeypatch.setattr(cpu, 'MAX_COUNTING', most)
+        del kept[:]
+        assert [cpu.count_iterations(q, k, 'qk', 0.02, 99, tol) for tol in tolerances] == expected
+        problems = [shape[0] for shape in kept if len(shape) == 3]  # of the vectors
+        assert problems[:len(images)] == [2 * n for n in images]
 
 
 def test_count_does_not_run_all_that_it_may(monkeypatch):

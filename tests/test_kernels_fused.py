@@ -35,6 +35,7 @@ from timm_sot import SOTAttention, attention
 from timm_sot.attention import VARIANTS as ALL_VARIANTS, sot_attention_weights
 from timm_sot.kernels import fused
 from timm_sot.kernels.fused import choose_path, fused_sot_attention
+from timm_sot.kernels.operands import LEAST_REG
 
 GOLDEN = Path(__file__).parent / 'golden'
 SOT = torch.ops.timm_sot.sot_attention
@@ -75,6 +76,8 @@ def test_rule(monkeypatch, device, dtype, tokens, width, tol, path):
     monkeypatch.setattr(fused, 'loops_work', lambda: True)
     device = torch.device(device)
     assert choose_path(device, dtype, tokens, width, tol) == path
+    assert choose_path(device, dtype, tokens, width, tol, reg=LEAST_REG) == path
+    assert choose_path(device, dtype, tokens, width, tol, reg=0.9 * LEAST_REG) == 'eager'
     monkeypatch.setattr(fused, 'loops_work', lambda: False)
     assert choose_path(device, dtype, tokens, width, tol) == ('eager' if path == 'cpu' else path)
     gpu.major = 7

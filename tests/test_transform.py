@@ -10,11 +10,13 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 
 import reference
 from reference import error
 from timm_sot import self_optimal_transport
+from timm_sot.transform import pairwise_cost
 
 GOLDEN = Path(__file__).parent / 'golden'
 SOT = load_file(GOLDEN / 'sot_transform.safetensors')
@@ -214,6 +216,29 @@ def test_permutation_equivariance(distance, normalize):
     # without the mask the two sets may be permuted each on its own
     out = self_optimal_transport(x, y, mask_diagonal=False, **kwargs)
     assert error(self_optimal_transport(x[:, order], y, mask_diagonal=False, **kwargs), out[:, order]) < 1e-5
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
+@pytest.mark.parametrize('normalize', NORMALIZE)
+def test_parallel_points_are_at_cosine_distance_0(normalize, dtype):
+    """No normalization makes costs of what their unit vectors differ by."""
+    x = 10. ** make_points(3, 13, 1, dtype=dtype) * make_points(3, 1, 8, dtype=dtype, seed=1)
+    out, (grad,) = gradients(self_optimal_transport, x, distance='cosine', normalize=normalize)
+    assert error(out, torch.ones_like(out)) < 1e-6 and (grad == 0).all()
+    x[:, :4] *= make_points(3, 1, 8, dtype=dtype, seed=2)  # of another direction
+    out = self_optimal_transport(x, distance='cosine', normalize=normalize)
+    assert out[:, :4, :4].min() > 2 * out[:, :4, 4:].max()
+
+
+def test_leading_dimensions_that_broadcast():
+    x, y = make_points(1, 2, 7, 4).requires_grad_(), make_points(3, 1, 7, 4, seed=1).requires_grad_()
+    cost = pairwise_cost(x, y, 'euclidean', 'row')
+    assert error(cost, pairwise_cost(x.expand(3, 2, 7, 4), y.expand(3, 2, 7, 4), 'euclidean', 'row')) == 0
+    cost.square().sum().backward()
+    assert x.grad.shape == x.shape and y.grad.shape == y.shape
+    with FakeTensorMode():
+        fake = pairwise_cost(torch.empty(x.shape), torch.empty(y.shape), 'euclidean', 'row')
+    assert fake.shape == cost.shape and fake.stride() == cost.stride()
 
 
 @pytest.mark.parametrize('dtype, tolerance', [(torch.float32, 1e-6), (torch.float64, 1e-12)])

@@ -234,13 +234,14 @@ def attention_path(
         v: torch.Tensor,
         tol: Optional[float] = None,
         strips: bool = True,
+        reg: Optional[float] = None,
 ) -> str:
     """What computes the attention of these tensors, as `choose_path`; plain torch what broadcasts, or does not fit."""
     if not operators_work() or not q.shape == k.shape == v.shape:
         return 'eager'
     if tol is not None and (torch.compiler.is_compiling() or isinstance(q, FakeTensor)):  # the stop depends on data
         return 'eager'
-    return choose_path(q.device, v.dtype, q.shape[-2], q.shape[-1], tol, strips)
+    return choose_path(q.device, v.dtype, q.shape[-2], q.shape[-1], tol, strips, reg)
 
 
 def log_shares(k: torch.Tensor, share: torch.Tensor) -> torch.Tensor:
@@ -291,7 +292,7 @@ def sot_attention(
         dropout_p: Dropout probability of the weights.
     """
     if not torch.jit.is_scripting():
-        path = attention_path(q, k, v, tol)
+        path = attention_path(q, k, v, tol, reg=reg)
         if path != 'eager':
             check_operands(q, operands)
             return fused_sot_attention(

@@ -778,7 +778,8 @@ def checkpoint_filter_fn(
     if recorded != classes == model.num_classes:
         _logger.warning(
             f'The head of the checkpoint, of {classes} classes as the model has, is not loaded, as pretrained_cfg says '
-            f'of the weights that they are of {recorded}; say it with pretrained_cfg_overlay=dict(num_classes={classes}).')
+            f'of the weights that they are of {recorded}; say otherwise with '
+            f'pretrained_cfg_overlay=dict(num_classes={classes}).')
 
     unused = [name for name in out if (
         name == 'pos_embed' and model.pos_embed is None or name.startswith('attn_pool.') and model.attn_pool is None)]

@@ -137,6 +137,8 @@ def sot_matrix(
 ) -> torch.Tensor:
     """`self_optimal_transport` without its checks and casts: positional and scriptable, for the attention above."""
     N = x.shape[-2]
+    if N == 0:  # nothing has a maximum
+        return x @ y.transpose(-2, -1)
     index = torch.arange(N, device=x.device)
     diagonal = index.unsqueeze(-1) == index  # torch.eye is an EyeLike of booleans, which ONNX Runtime lacks
 
@@ -161,6 +163,7 @@ def pairwise_cost(x: torch.Tensor, y: torch.Tensor, distance: str, normalize: Op
     if distance == 'cosine':
         x, y = unit_rows(x), unit_rows(y)
         cost = pairwise_distance(x, y).square() / 2  # 1 - xy for |x| = |y| = 1, which cancels
+        cost = cost.masked_fill(cost < negligible_cosine(x), 0.)  # or a normalization would make noise of them
         x_is_zero, y_is_zero = (x == 0).all(-1).unsqueeze(-1), (y == 0).all(-1).unsqueeze(-2)
         cost = cost.masked_fill(x_is_zero | y_is_zero, 1.)
     else:
@@ -172,6 +175,12 @@ def pairwise_cost(x: torch.Tensor, y: torch.Tensor, distance: str, normalize: Op
     else:
         largest = cost.amax(dim=(-2, -1), keepdim=True)
     return cost / largest.masked_fill(largest == 0, 1.)
+
+
+def negligible_cosine(x: torch.Tensor) -> float:
+    """Cosine costs below this are rounding errors of unit vectors in the dtype of x: a few units in the last place."""
+    eps = 2. ** -52 if x.dtype == torch.float64 else 2. ** -23
+    return 16. * eps * eps
 
 
 def largest_cost(distance: str, normalize: Optional[str]) -> float:
@@ -187,6 +196,9 @@ def pairwise_distance(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     if torch.jit.is_scripting():
         return torch.cdist(x, y, compute_mode='donot_use_mm_for_euclid_dist')
     elif operators_work():
+        if x.shape[:-2] != y.shape[:-2]:  # the operator takes equal ones
+            leading = torch.broadcast_shapes(x.shape[:-2], y.shape[:-2])
+            x, y = x.expand(leading + x.shape[-2:]), y.expand(leading + y.shape[-2:])
         return euclidean_distance(x, y)
     elif torch.jit.is_tracing():
         return torch.cdist(x, y, compute_mode='donot_use_mm_for_euclid_dist')

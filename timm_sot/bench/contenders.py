@@ -155,7 +155,8 @@ def core_group(
             return lambda q, k, v: original_weights(q, k, tol=tol) @ v
 
         def sot(name):
-            path = choose_path(device, dtype, N, D, strips=not VARIANTS[name].learned)
+            learned = VARIANTS[name].learned
+            path = choose_path(device, dtype, N, D, strips=not learned, reg=None if learned else REG)
             return contender(name, sot_core(name), path=path)
 
         saved = 2 * ITERS if phase == TRAIN else 0

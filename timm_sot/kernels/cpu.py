@@ -37,6 +37,9 @@ MAX_TOKENS = 8192
 # The scaling vectors of more iterations than this are not kept for the backward pass but found again.
 MAX_KEPT_ITERS = 16
 
+# Numbers that counting iterations keeps at once, but those of one image.
+MAX_COUNTING = 2 ** 23
+
 
 def padded(n: int) -> int:
     """The next multiple of 16, to which the loops pad."""
@@ -150,8 +153,9 @@ def count_iterations(
     """How many iterations run until `tol` stops them, for all problems together: `iters` at most.
 
     They are found in a forward pass that keeps the scaling vectors of MAX_KEPT_ITERS iterations, and of twice as many
-    as long as these do not do: its matrices are in cache, so that with 10 iterations (128x2x64x64, one thread of an
-    Intel Xeon) it takes less than half of the time in which plain torch counts, which stops.
+    as long as these do not do, of so many problems at once that they are few: its matrices are in cache, so that with
+    10 iterations (128x2x64x64, one thread of an Intel Xeon) it takes less than half of the time in which plain torch
+    counts, which stops.
 
     Args:
         q: As `sot_attention_forward`, and so are the others but `tol`.
@@ -162,27 +166,48 @@ def count_iterations(
         tol: Bound of the mean over all problems of sum_i |u_i - previous u_i|, in units of the cost.
         distance: See there.
     """
+    B, H, N, _ = q.shape
+    most = min(iters, MAX_KEPT_ITERS)
+    while True:
+        total = 0.
+        size = max(1, MAX_COUNTING // max(1, H * (N + 1 + 2 * most) * padded(N)))
+        for x, y in zip(q.split(size), k.split(size)):
+            changes = _changes(x, y, operands, reg, most, distance)
+            if changes is None:
+                return iters
+            total = total + changes
+        count = int((total / (B * H) >= tol).long().cumprod(dim=0).sum()) + 1
+        if count <= most or most == iters:
+            return min(count, iters)
+        most = min(2 * most, iters)
+
+
+def _changes(
+        q: torch.Tensor,
+        k: torch.Tensor,
+        operands: str,
+        reg: float,
+        iters: int,
+        distance: str,
+) -> Optional[torch.Tensor]:
+    """Sum over the problems of sum_i |u_i - previous u_i|, in units of the cost, for each iteration; None where a
+    problem is not finite: it has no scaling vectors, and its changes are below no bound.
+    """
     from .cpu_loops import attention_forward
 
     B, H, N, _ = q.shape
     out = empty_heads(q, loop_dtype(q))
-    most = min(iters, MAX_KEPT_ITERS)
-    while True:
-        saved = q.new_empty(B * H, N + 1 + 2 * most, padded(N), dtype=torch.float32)
-        *numbers, _, dropout = _numbers(q, operands, True, reg, most, 1., 0., distance)
-        run_in_threads(
-            attention_forward, B * H, work(q, most),
-            H, *flat(q), *flat(q if operands == 'q' else k), *flat(q), *flat(out), saved.numpy(), seed_number(None),
-            *numbers, True, dropout)
-        if not out.isfinite().all():  # such a problem has no vectors, and its changes are below no bound
-            return iters
-        u = saved[:, N + 1::2, :N]  # (B * H, most, N)
-        u = u * math.log(2) if reg < SCALING_MIN_REG else u.log()
-        changes = reg * u.diff(dim=1, prepend=torch.zeros_like(u[:, :1])).abs().sum(dim=2).mean(dim=0)
-        count = int((changes >= tol).long().cumprod(dim=0).sum()) + 1
-        if count <= most or most == iters:
-            return min(count, iters)
-        most = min(2 * most, iters)
+    saved = q.new_empty(B * H, N + 1 + 2 * iters, padded(N), dtype=torch.float32)
+    *numbers, _, dropout = _numbers(q, operands, True, reg, iters, 1., 0., distance)
+    run_in_threads(
+        attention_forward, B * H, work(q, iters),
+        H, *flat(q), *flat(q if operands == 'q' else k), *flat(q), *flat(out), saved.numpy(), seed_number(None),
+        *numbers, True, dropout)
+    if not out.isfinite().all():
+        return None
+    u = saved[:, N + 1::2, :N]  # (B * H, iters, N)
+    u = u * math.log(2) if reg < SCALING_MIN_REG else u.log()
+    return reg * u.diff(dim=1, prepend=torch.zeros_like(u[:, :1])).abs().sum(dim=(0, 2))
 
 
 def sot_attention_backward(

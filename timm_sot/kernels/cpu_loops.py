@@ -42,6 +42,7 @@ ZERO, HALF, ONE = np.float32(0.), np.float32(0.5), np.float32(1.)
 INFINITY, NAN = np.float32(math.inf), np.float32(math.nan)
 MASKED = np.float32(-1e30)  # a logarithm of 0 that differences do not turn into NaN
 LOWEST_LOG = np.float32(-1e38)
+NEGLIGIBLE_COSINE = np.float32(16. * 2. ** -46)  # as transform.negligible_cosine
 LOG2_E, LN_2 = np.float32(math.log2(math.e)), np.float32(math.log(2))
 
 # The scaling form carries a log-kernel as long as the scaling vectors of its columns stay in this range; those of the
@@ -457,7 +458,8 @@ def _row_max(row):
 def _costs(x, y_transposed, x_inverse_norms, y_inverse_norms, scratch, costs, N, D, cosine):
     """Distances in the first N rows of `costs`, 0 in the padding, and the largest of each row in the row after.
 
-    For `cosine` the rows are of length 1, and 1 - xy is half their squared distance, which does not cancel.
+    For `cosine` the rows are of length 1, and 1 - xy is half their squared distance, which does not cancel. What is
+    negligible is 0, or the division by the largest would make noise of it.
     """
     R = scratch.shape[0]
     _distance(x, y_transposed, scratch, R, R, D)
@@ -466,7 +468,8 @@ def _costs(x, y_transposed, x_inverse_norms, y_inverse_norms, scratch, costs, N,
         if cosine:
             for j in range(R):
                 zero = x_inverse_norms[i] == ZERO or y_inverse_norms[j] == ZERO
-                target[j] = ONE if zero else HALF * source[j]
+                cost = HALF * source[j]
+                target[j] = ONE if zero else cost if cost >= NEGLIGIBLE_COSINE else ZERO
         else:
             for j in range(R):
                 target[j] = np.sqrt(source[j])

@@ -23,7 +23,7 @@ WITHOUT_FLOAT64 = {'mps'}  # device types: Apple's GPUs refuse it
 
 @operator
 def euclidean_distance(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """||x_i - y_j||_2 of points (..., N, D), (..., M, D) in float32 or float64, to (..., N, M)."""
+    """||x_i - y_j||_2 of points (..., N, D), (..., M, D) in float32 or float64, to (..., N, M); no broadcasting."""
     if x.dtype == torch.float64 or x.device.type != 'cpu':
         return torch.cdist(x, y, compute_mode='donot_use_mm_for_euclid_dist')
     squares, equal = _squares(x, y)

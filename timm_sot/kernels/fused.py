@@ -13,7 +13,7 @@ from typing import Optional, Tuple
 import torch
 
 from . import cpu
-from .operands import empty_gradients, empty_heads
+from .operands import LEAST_REG, empty_gradients, empty_heads
 from .operators import check_one_device, differentiate, operator, refuse_second_derivative, register_fake
 from .threads import loops_work
 
@@ -61,6 +61,7 @@ def choose_path(
         head_width: int,
         tol: Optional[float] = None,
         strips: bool = True,
+        reg: Optional[float] = None,
 ) -> str:
     """What computes SOT attention: the one rule.
 
@@ -71,11 +72,12 @@ def choose_path(
         head_width: Width of a head.
         tol: Early stop of the iterations, which couples the images of a batch; on a GPU the host would wait for it.
         strips: Whether there are kernels of this attention that go through its matrices in strips of rows.
+        reg: Entropy regularization, where it is fixed.
 
     Returns:
         'onchip', 'strips' or 'streamed' for the Triton kernels, 'cpu' for the fused loops, 'eager' for plain torch.
     """
-    if dtype not in DTYPES or (tol is not None and device.type != 'cpu'):
+    if dtype not in DTYPES or (tol is not None and device.type != 'cpu') or (reg is not None and reg < LEAST_REG):
         return 'eager'
     if device.type == 'cuda':
         memory = triton_memory(device)

@@ -4,6 +4,7 @@ from typing import Optional, Tuple
 import torch
 
 __all__ = [
+    'LEAST_REG',
     'SCALING_MIN_REG',
     'dropout_numbers',
     'empty_gradients',
@@ -16,6 +17,10 @@ __all__ = [
 # [-1 / reg, 0]; with a masked diagonal the scaling vectors span up to a few times exp(1 / reg). Float32 ends at
 # exp(88): exp(4 / reg) is inside.
 SCALING_MIN_REG = 0.05
+
+# Below, the rounding errors of a log-kernel in float32 are larger than 1, and the exponential of a difference that should
+# be 0 may be infinite.
+LEAST_REG = 1e-7
 
 
 def unit_stride(x: torch.Tensor) -> torch.Tensor:
