@@ -383,8 +383,8 @@ def with_config(change):
 
 
 BROKEN = {
-    'truncated': (lambda: {'model.safetensors': model_files()['model.safetensors'][:700000]}, 'damaged, cut off or no checkpoint'),
-    'empty': (lambda: {'model.safetensors': b''}, 'damaged, cut off or no checkpoint'),
+    'truncated': (lambda: {'model.safetensors': model_files()['model.safetensors'][:700000]}, 'damaged, cut off'),
+    'empty': (lambda: {'model.safetensors': b''}, 'damaged, cut off'),
     'shape': (lambda: with_weights(lambda w: w.update({'norm.bias': torch.zeros(64)})), 'size mismatch for norm.bias'),
     'extra key': (lambda: with_weights(lambda w: w.update({'more.weight': torch.zeros(1)})), '(more.weight)'),
     'missing key': (lambda: with_weights(lambda w: w.pop('norm.bias')), 'lacks 1 parameters (norm.bias)'),

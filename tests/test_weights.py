@@ -148,7 +148,8 @@ def test_damaged_pickle(tmp_path, size):
     file = tmp_path / 'mine.pth'
     torch.save(timm.create_model('cct_2_sot_qk').state_dict(), file)
     os.truncate(file, size)
-    with pytest.raises(Exception, match=rf'^file {file}: mine.pth is damaged, cut off or no checkpoint \(.+\); .* copy it anew.$'):
+    message = rf'^file {file}: mine.pth is damaged, cut off or no checkpoint \(.+\); .* copy it anew.$'
+    with pytest.raises(Exception, match=message):
         timm.create_model('cct_2_sot_qk', pretrained=True, pretrained_cfg_overlay=dict(file=str(file)))
 
 

@@ -18,8 +18,8 @@ __all__ = [
 # exp(88): exp(4 / reg) is inside.
 SCALING_MIN_REG = 0.05
 
-# Below, the rounding errors of a log-kernel in float32 are larger than 1, and the exponential of a difference that should
-# be 0 may be infinite.
+# Below, the rounding errors of a log-kernel in float32 are larger than 1, and the exponential of a difference that
+# should be 0 may be infinite.
 LEAST_REG = 1e-7
 
 
