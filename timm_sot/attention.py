@@ -463,24 +463,15 @@ class SOTAttention(Attention):
             attn = self.attention_weights(q, k, attn_mask, is_causal)  # (B, H, N, N)
             attn = self.attn_drop(attn)
             return attn @ v
-        if self.log_reg is not None:
-            q = unmasked(q, attn_mask, is_causal)
-            return shares_attention(
-                q, k, v, self.log_reg, self.share, self.iters,
-                dropout_p=self.attn_drop.p if self.training else 0.,
-            )
-        if self.operands == '':
+        dropout_p = self.attn_drop.p if self.training else 0.
+        if self.variant == 'softmax':
             return F.scaled_dot_product_attention(
-                q, k, v,
-                attn_mask=attn_mask,
-                dropout_p=self.attn_drop.p if self.training else 0.,
-                is_causal=is_causal,
-            )
+                q, k, v, attn_mask=attn_mask, dropout_p=dropout_p, is_causal=is_causal)
         q = unmasked(q, attn_mask, is_causal)
+        if self.log_reg is not None:
+            return shares_attention(q, k, v, self.log_reg, self.share, self.iters, dropout_p)
         return sot_attention(
-            q, k, v, self.operands, self.softmax, self.distance, self.reg, self.iters, self.tol,
-            dropout_p=self.attn_drop.p if self.training else 0.,
-        )
+            q, k, v, self.operands, self.softmax, self.distance, self.reg, self.iters, self.tol, dropout_p)
 
     def attention_weights(
             self,
@@ -490,21 +481,20 @@ class SOTAttention(Attention):
             is_causal: bool = False,
     ) -> torch.Tensor:
         """Attention weights before dropout, (B, H, N, D), (B, H, N, D) -> (B, H, N, N)."""
-        if self.log_reg is not None:
-            q = unmasked(q, attn_mask, is_causal)
-            return shares_attention_weights(q, k, self.log_reg, self.share, self.iters)
-        if self.operands == '':
+        if self.variant == 'softmax':
             attn = (q * self.scale) @ k.transpose(-2, -1)
             attn = maybe_add_mask(attn, additive_mask(attn, attn_mask, is_causal))
             return attn.softmax(dim=-1)
         q = unmasked(q, attn_mask, is_causal)
+        if self.log_reg is not None:
+            return shares_attention_weights(q, k, self.log_reg, self.share, self.iters)
         return sot_attention_weights(
             q, k, self.operands, self.softmax, self.distance, self.reg, self.iters, self.tol)
 
     def extra_repr(self) -> str:
         if self.learned:
             return f'variant={self.variant!r}, reg={self.reg}, iters={self.iters}'
-        if self.operands == '':
+        if self.variant == 'softmax':
             return f'variant={self.variant!r}'
         return (f'variant={self.variant!r}, reg={self.reg}, iters={self.iters}, tol={self.tol}, '
                 f'distance={self.distance!r}')
