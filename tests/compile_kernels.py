@@ -2,7 +2,7 @@
 
 Prints what each needs as JSON: registers, bytes of stack (what does not fit into registers) and of shared memory.
 With `iterations` in place of a module: how many instructions a thread executes for an entry of the matrix in a Sinkhorn
-iteration, forward, bfloat16.
+iteration, forward, bfloat16; with `ampere`: the shared memory of the largest of `onchip` on Ampere.
 """
 import json
 import re
@@ -37,7 +37,7 @@ def matrices(kernel):
     return names
 
 
-def compile_kernel(kernel, dtype, constants, strided=False, **options):
+def compile_kernel(kernel, dtype, constants, strided=False, capability=90, **options):
     """The compiled kernel; strides and pointers are multiples of 16, and rows contiguous, as those of a projection are,
     unless it is to be for any strides.
     """
@@ -58,7 +58,7 @@ def compile_kernel(kernel, dtype, constants, strided=False, **options):
         if name.endswith('_ptr') or (name.startswith('stride') or name == 'D') and not strided:
             attributes[(i,)] = [['tt.divisibility', 16]]
     return triton.compile(
-        ASTSource(kernel, signature, constexprs, attributes), target=GPUTarget('cuda', 90, 32), options=options)
+        ASTSource(kernel, signature, constexprs, attributes), target=GPUTarget('cuda', capability, 32), options=options)
 
 
 def dump(compiled, option):
@@ -142,6 +142,17 @@ def onchip_needs():
             options = getattr(onchip, f'_{way}_config')(constants['BLOCK_N'], constants['BLOCK_D'], dtype)
             yield f'{way} {name}', needs(
                 getattr(onchip, f'_{way}_kernel'), dtype, constants, strided=strided, **options)
+
+
+def ampere_needs():
+    """Bytes of shared memory for each of its rows x width, for Ampere."""
+    for name, N, D, dtype in (
+            ('f32 64x64', 64, 64, torch.float32), ('f16 128x64', 128, 64, torch.float16),
+            ('bf16 128x128', 128, 128, torch.bfloat16)):
+        constants = onchip._specialize(torch.empty(1, 1, N, D, dtype=dtype), 'qk', True, 0.1, 0., 'euclidean')
+        options = onchip._backward_config(constants['BLOCK_N'], constants['BLOCK_D'], dtype)
+        compiled = compile_kernel(onchip._backward_kernel, dtype, constants, capability=80, **options)
+        yield name, compiled.metadata.shared / (N * D)
 
 
 def onchip_shares_needs():

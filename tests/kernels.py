@@ -8,6 +8,7 @@ from unittest import mock
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import reference
 from timm_sot import attention
@@ -52,6 +53,19 @@ def values_read():
         for name in ('item', 'tolist', '__bool__', '__int__', '__float__', '__index__'):
             stack.enter_context(watched(name))
         yield seen
+
+
+class ProductDtypes(TorchDispatchMode):
+    """A mode that lists the dtypes of products of matrices."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function in (torch.ops.aten.mm.default, torch.ops.aten.bmm.default):
+            self.seen.append(args[1].dtype)
+        return function(*args, **(kwargs or {}))
 
 
 def device_of(path):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from timm_sot.kernels.fused import STRIPS_BYTES
+from timm_sot.kernels.fused import FLOAT32_BYTES, HALF_BYTES, STRIPS_BYTES
 
 pytest.importorskip('triton')
 pytestmark = pytest.mark.slow
@@ -32,6 +32,12 @@ def test_onchip():
         if name in ('forward bf16 16', 'forward bf16 64', 'backward bf16 64'):
             # a few values to spill are cheaper than fewer programs at a time: 120 bytes by Triton 3.8, 192 by 3.6
             assert need['stack'] <= 256, (name, need)
+
+
+def test_ampere():
+    """What the choice of the path takes its kernels to need."""
+    for name, need in needs('ampere').items():
+        assert need <= (FLOAT32_BYTES if name.startswith('f32') else HALF_BYTES), (name, need)
 
 
 def test_onchip_shares():

@@ -200,12 +200,15 @@ def test_nearly_equal_tokens(path, groups, spread, distance, bound):
         assert error(x, y) < (1e-4 if path == 'cpu' else bound)
 
 
+@pytest.mark.parametrize('width', [32, 128])
 @pytest.mark.parametrize('distance', ['euclidean', 'cosine'])
 @pytest.mark.parametrize('dtype', BARS)
 @pytest.mark.parametrize('path', PATHS)
-def test_equal_tokens_have_no_gradient(path, dtype, distance):
+def test_equal_tokens_have_no_gradient(path, dtype, distance, width):
     """Not what rounding leaves of their distances, divided by the largest of it."""
-    q, _, v, grad = make_inputs(2, 1, 20, 32, dtype, device=device_of(path))
+    if path == 'strips':
+        width = min(width, 64)
+    q, _, v, grad = make_inputs(2, 1, 20, width, dtype, device=device_of(path))
     q = q[:, :, :1].expand_as(q).contiguous()
     _, dq, _, dv = run(path, q, q, v, grad, 'sot_q', distance=distance)
     assert not dq.any() and dv.any()

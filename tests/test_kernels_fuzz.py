@@ -46,6 +46,8 @@ SETTINGS = settings(
 def test_never_nan(path, variant, seed, N, D, dtype, layout, reg, scale, iters, distance, degenerate_rows):
     N = D if variant == 'sot_qkt' else min(N, MOST_TOKENS.get(path, N))
     dtype, device = getattr(torch, dtype), device_of(path)
+    if path == 'strips' and dtype == torch.float32:  # which a GPU has no memory for
+        N = min(N, 128)
     if dtype == torch.float16:
         scale = min(max(scale, 1e-2), 1e2)  # beyond, the inputs or their gradients leave its range
     tensors = list(make_inputs(2, 1, N, D, dtype, scale, seed, device))

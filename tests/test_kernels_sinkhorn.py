@@ -11,7 +11,7 @@ from hypothesis import given, settings as hypothesis_settings, strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import reference
-from kernels import values_read
+from kernels import ProductDtypes, values_read
 from reference import error
 from timm_sot import sinkhorn as public
 from timm_sot.kernels import sinkhorn as module, threads
@@ -494,3 +494,11 @@ def test_anything(shape, iters, spread, masked, row_mass, dtype, seed):
         # a promise that holds
         promised = solve(log_kernel, iters, None, row_mass, spread).exp()
         assert error(promised, wanted) < 1e-5 * (1 + spread)
+
+
+def test_no_product_is_rounded_to_tensorfloat():
+    """Which timm's train.py allows a GPU: the gradient is a difference with a product of matrices."""
+    x = torch.rand(2, 5, 4, device='meta')
+    with ProductDtypes() as products:
+        module._backward(x, x, 3, 0., 0.)
+    assert products.seen == [torch.float64]

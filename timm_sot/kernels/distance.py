@@ -10,6 +10,7 @@ from typing import Tuple
 
 import torch
 
+from .operands import WITHOUT_FLOAT64
 from .operators import check_one_device, differentiate, operator, register_fake
 
 __all__ = ['distance_by_product', 'euclidean_distance']
@@ -18,7 +19,6 @@ __all__ = ['distance_by_product', 'euclidean_distance']
 # than half a unit of float32 in the last place.
 NEGLIGIBLE = 1e-15
 TINY = 1e-300  # below all squares of float32
-WITHOUT_FLOAT64 = {'mps'}  # device types: Apple's GPUs refuse it
 
 
 @operator

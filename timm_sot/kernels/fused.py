@@ -27,10 +27,10 @@ STRIPS_MAX_TOKENS = 256  # above, nor do all keys and values into its memory, no
 STRIPS_MAX_WIDTH = 64
 TRITON_MAX_WIDTH = 128  # above, nor do the queries, keys and values of a tile
 
-# Shared memory that a Triton program takes in the backward pass, the larger of the two: bytes for each of its rows x
-# width, where these are 64 or 128, as compiled for Ampere. For Hopper float32 takes up to 28, which its 227 KiB hold
-# (tests/test_kernels_compile.py). What is smaller fits into the least that a supported GPU has.
-FLOAT32_BYTES, HALF_BYTES = 24, 9
+# Shared memory that a Triton program takes in the backward pass, the larger of the two, at most: bytes for each of its
+# rows x width, where these are 64 or 128, as compiled for Ampere. For Hopper float32 takes up to 28, which its 227 KiB
+# hold (tests/test_kernels_compile.py). What is smaller fits into the least that a supported GPU has.
+FLOAT32_BYTES, HALF_BYTES = 24, 10
 # All that `strips` takes, for its most tokens and width. It is more than Ampere has, for which the kernels of the
 # gradients do not fit into the registers.
 STRIPS_BYTES = 168 * 1024

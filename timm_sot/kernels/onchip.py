@@ -37,10 +37,12 @@ LOWEST_RANDOM = -2 ** 31  # the random numbers are signed
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 
-# What rounding leaves of the squared distance of equal rows, as a part of their squared norms (so of 1 less the
-# cosine): that of the sums, and of float32 in tf32x3 the products of what is below tf32. Rows that differ by less count
-# as equal; a row of such remainders alone would be divided by the largest of them.
+# What rounding leaves of the squared distance of equal rows, as a part of their squared norms: that of the sums, and of
+# float32 in tf32x3 the products of what is below tf32. Rows that differ by less count as equal; a row of such remainders
+# alone would be divided by the largest of them.
 NEGLIGIBLE = tl.constexpr(4e-7)
+# Of the cosine also what a GPU's roots and quotients, which are approximate, leave of 1 for equal rows: 8e-7 at most.
+NEGLIGIBLE_COSINE = tl.constexpr(1.2e-6)
 
 
 @triton.jit
@@ -96,7 +98,7 @@ def _costs(
         yy = tl.sum(y.to(tl.float32) * y.to(tl.float32), 1)
     if COSINE:
         costs = 1. - gram * _inverse(tl.sqrt(xx))[:, None] * _inverse(tl.sqrt(yy))[None, :]
-        costs = tl.where(costs < NEGLIGIBLE, 0., costs)
+        costs = tl.where(costs < NEGLIGIBLE_COSINE, 0., costs)
     else:
         norms = xx[:, None] + yy[None, :]
         squares = norms - 2. * gram

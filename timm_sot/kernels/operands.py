@@ -6,6 +6,7 @@ import torch
 __all__ = [
     'LEAST_REG',
     'SCALING_MIN_REG',
+    'WITHOUT_FLOAT64',
     'dropout_numbers',
     'empty_gradients',
     'empty_heads',
@@ -21,6 +22,8 @@ SCALING_MIN_REG = 0.05
 # Below, the rounding errors of a log-kernel in float32 are larger than 1, and the exponential of a difference that
 # should be 0 may be infinite.
 LEAST_REG = 1e-7
+
+WITHOUT_FLOAT64 = {'mps'}  # device types: Apple's GPUs refuse it
 
 
 def unit_stride(x: torch.Tensor) -> torch.Tensor:

@@ -18,11 +18,11 @@ from typing import List, Optional, Tuple
 
 import torch
 
-from .operands import SCALING_MIN_REG
+from .operands import SCALING_MIN_REG, WITHOUT_FLOAT64
 from .operators import check_one_device, differentiate, operator, register_fake
 from .threads import loops_work, run_in_threads
 
-__all__ = ['loops_pay', 'scaling_is_safe', 'sinkhorn', 'sum_columns', 'sum_rows']
+__all__ = ['loops_pay', 'product', 'scaling_is_safe', 'sinkhorn', 'sum_columns', 'sum_rows']
 
 TORCH_GRAIN = 2 ** 15  # elements from which on torch shares out an operation among threads
 
@@ -174,7 +174,15 @@ def _run_loops(
     return out
 
 
-# A product with one column or row is the fastest on the CPU; elsewhere it might be rounded to TensorFloat-32.
+# Products of float32. Elsewhere than on a CPU they might be rounded to TensorFloat-32, as timm's train.py lets them be:
+# there those with one column or row are sums, and the others in float64 where there is one.
+
+def product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """a b, (..., N, K), (..., K, M) -> (..., N, M)."""
+    if a.device.type == 'cpu' or a.device.type in WITHOUT_FLOAT64:
+        return a @ b
+    return (a.double() @ b.double()).to(a.dtype)
+
 
 def sum_rows(kernel: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """K b, (..., N, M), (..., 1, M) -> (..., N, 1)."""
@@ -238,8 +246,8 @@ def _backward(
         column_factors.append(b_before)
         grad_v = -b_before * sum_columns(row_factors[-1], kernel)
         grad_u = 0.
-    product = torch.bmm(torch.cat(row_factors, dim=2), torch.cat(column_factors, dim=1))
-    return torch.addcmul(grad, product, kernel, value=-1.)
+    sums = product(torch.cat(row_factors, dim=2), torch.cat(column_factors, dim=1))
+    return torch.addcmul(grad, sums, kernel, value=-1.)
 
 
 def _backward_log(

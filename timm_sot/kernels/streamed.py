@@ -18,7 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .onchip import LOG2_E, LOWEST_RANDOM, NEGLIGIBLE, _inverse, _signed
+from .onchip import LOG2_E, LOWEST_RANDOM, NEGLIGIBLE, NEGLIGIBLE_COSINE, _inverse, _signed
 from .operands import dropout_numbers, empty_gradients, empty_heads, matched_points, unit_stride
 
 __all__ = ['empty_saved', 'sot_attention_forward', 'sot_attention_backward']
@@ -59,7 +59,7 @@ def _costs(x, y, xx, yy, COSINE: tl.constexpr, PRECISION: tl.constexpr):
     gram = tl.dot(x, tl.trans(y), input_precision=PRECISION)
     if COSINE:
         costs = 1. - gram * _inverse(tl.sqrt(xx))[:, None] * _inverse(tl.sqrt(yy))[None, :]
-        return tl.where(costs < NEGLIGIBLE, 0., costs)
+        return tl.where(costs < NEGLIGIBLE_COSINE, 0., costs)
     else:
         squares = xx[:, None] + yy[None, :] - 2. * gram
         bound = 2. * NEGLIGIBLE * xx  # rows as close as that are equally long

@@ -21,6 +21,7 @@ from .onchip import (
     LOG2_E,
     LOWEST_RANDOM,
     NEGLIGIBLE,
+    NEGLIGIBLE_COSINE,
     _block_size,
     _inverse,
     _load,
@@ -82,7 +83,7 @@ def _costs(x, y, norms_y, COSINE: tl.constexpr, PRECISION: tl.constexpr):
     norms_x = _norms(x, COSINE)
     if COSINE:
         costs = 1. - gram * norms_x[:, None] * norms_y[None, :]
-        return tl.where(costs < NEGLIGIBLE, 0., costs)
+        return tl.where(costs < NEGLIGIBLE_COSINE, 0., costs)
     else:
         squares = norms_x[:, None] + norms_y[None, :] - 2. * gram
         bound = 2. * NEGLIGIBLE * norms_x  # rows as close as that are equally long
