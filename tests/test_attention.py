@@ -18,9 +18,10 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import reference
+from kernels import ProductDtypes
 from reference import error
-from timm_sot import SOTAttention
-from timm_sot.attention import VARIANTS, shares_attention_weights
+from timm_sot import SOTAttention, attention as attention_module
+from timm_sot.attention import MIN_REG, VARIANTS, shares_attention_weights
 from timm_sot.kernels.threads import loops_work
 
 GOLDEN = load_file(Path(__file__).parent / 'golden' / 'sot_attention.safetensors')
@@ -226,6 +227,31 @@ def test_dropout(variant):
     layer = make_layer(variant, proj_drop=0.5)
     assert 0.4 < (layer.train()(x) == 0).float().mean() < 0.6
     assert not (layer.eval()(x) == 0).any()
+
+
+@pytest.mark.filterwarnings('ignore:.*torch.jit')
+@pytest.mark.parametrize('path', ['best', 'eager', 'scripted'])
+@pytest.mark.parametrize('variant', EVERY)
+def test_dropout_of_fused_layers(monkeypatch, variant, path):
+    """In which the weights pass through no module."""
+    if path == 'eager':
+        monkeypatch.setattr(attention_module, 'choose_path', lambda *args: 'eager')
+    x = make_tokens()
+    layer = make_layer(variant, attn_drop=0.5)
+    assert layer.fused_attn
+    without = layer(x).detach()
+    layer.train()
+    if path == 'scripted':
+        layer = torch.jit.script(layer)
+
+    def draw(seed):
+        torch.manual_seed(seed)
+        return layer(x).detach()
+
+    assert torch.equal(draw(0), draw(0))
+    outputs = torch.stack([draw(seed) for seed in range(200)])
+    assert (outputs - without).abs().amax(dim=(1, 2, 3)).min() > 0.05 * without.abs().max(), 'nothing was dropped'
+    assert error(outputs.mean(0), without) < 0.25
 
 
 # 'softmax' is timm's Attention
@@ -567,6 +593,57 @@ def test_shares_run_in_the_loops(dtype, bars, iters):
         called.clear()
     for i, (actual, wanted) in enumerate(zip(*results)):
         assert error(actual, wanted) < bars[i > 0]
+
+
+@pytest.mark.parametrize('fused', [True, False])
+def test_least_learned_regularization(fused):
+    """What is below it counts as it, and learns no further; what begins with it does learn."""
+    outputs = []
+    for log_reg in (-10., math.log(MIN_REG)):
+        layer = make_layer('sot_shares', reg=MIN_REG)
+        layer.fused_attn = fused
+        nn.init.constant_(layer.log_reg, log_reg)
+        torch.manual_seed(0)
+        nn.init.normal_(layer.share)
+        outputs.append(layer(make_tokens()))
+        outputs[-1].square().sum().backward()
+        assert layer.log_reg.grad.all() == (log_reg > -10.) and layer.share.grad.any()
+    assert error(*outputs) < 1e-4
+
+
+def test_no_product_is_rounded_to_tensorfloat():
+    """Which timm's train.py allows a GPU, and a plan does not stand."""
+    q, k = (torch.randn(2, 2, 16, 8, device='meta', requires_grad=True) for _ in 'qk')
+    learned = torch.randn(2, 1, 1, device='meta'), torch.randn(2, 8, 1, device='meta', requires_grad=True)
+    with ProductDtypes() as products:
+        shares_attention_weights(q, k, *learned, 3).sum().backward()
+    assert set(products.seen) == {torch.float64}
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
+@pytest.mark.parametrize('variant', EVERY[1:])
+def test_weights_where_products_are_rounded_to_tensorfloat(monkeypatch, variant):
+    x = make_tokens()
+    expected = output_and_gradients(make_weights(variant), x)
+    monkeypatch.setattr(torch.backends.cuda.matmul, 'allow_tf32', True)
+    for actual, wanted in zip(output_and_gradients(make_weights(variant).cuda(), x.cuda()), expected):
+        assert wanted is None or error(actual.cpu(), wanted) < 2e-4  # None: of what makes queries and keys
+
+
+def make_weights(variant):
+    """A module from tokens, which are queries and keys as they are, to attention weights in plain torch."""
+    layer = make_layer(variant)
+
+    class Weights(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, x):
+            q = x.unflatten(-1, (2, 16)).transpose(1, 2)
+            return self.layer.attention_weights(q, q.flip(-2))
+
+    return Weights()
 
 
 def test_shares_begin_equal_and_with_reg():

@@ -15,6 +15,7 @@ from torch import nn
 from ._autoload import autoload
 from .kernels.fused import choose_path, fused_sot_attention
 from .kernels.shares import fused_shares_attention
+from .kernels.sinkhorn import product, sum_rows
 from .solver import operators_work, scale_to_shares
 from .transform import (
     autocast_disabled,
@@ -29,6 +30,7 @@ __all__ = ['SOTAttention', 'VARIANTS']
 
 # Least regularization that 'sot_shares' learns, at which float32 carries its plan: the kernel spans exp(2 / MIN_REG).
 MIN_REG = 0.03
+MIN_LOG_REG = math.log(MIN_REG) - 1e-6  # below what rounding makes of it: a layer that begins with MIN_REG learns
 
 
 class Variant(NamedTuple):
@@ -159,7 +161,7 @@ def _shares_attention_weights(
         log_reg: torch.Tensor,
         share: Optional[torch.Tensor],
         iters: int,
-        min_log_reg: float = math.log(MIN_REG),  # an argument, for TorchScript
+        min_log_reg: float = MIN_LOG_REG,  # an argument, for TorchScript
 ) -> torch.Tensor:
     dtype = compute_dtype(q)
     x, y = q.to(dtype), k.to(dtype)
@@ -177,7 +179,7 @@ def cosine_scores(x: torch.Tensor, y: torch.Tensor, reg: torch.Tensor) -> torch.
     elif torch.jit.is_tracing():
         return pairwise_cost(x, y, 'cosine', None) / -reg
     else:
-        return unit_rows(x) / reg @ unit_rows(y).transpose(-2, -1)
+        return product(unit_rows(x) / reg, unit_rows(y).transpose(-2, -1))
 
 
 @torch.fx.wrap
@@ -220,7 +222,7 @@ def _fused_shares_attention(
         path: str,
 ) -> torch.Tensor:
     with autocast_disabled(q.device):
-        scale = (-log_reg.float().clamp_min(math.log(MIN_REG))).exp().flatten()
+        scale = (-log_reg.float().clamp_min(MIN_LOG_REG)).exp().flatten()
         if share is None:
             shares = k.new_zeros(k.shape[:3], dtype=torch.float32)
         else:
@@ -246,13 +248,7 @@ def attention_path(
 
 def log_shares(k: torch.Tensor, share: torch.Tensor) -> torch.Tensor:
     """Logarithms of the tokens' shares in the attention of each head, (B, H, N, D), (H, D, 1) -> (B, H, 1, N)."""
-    if torch.jit.is_scripting():  # where autocast is on, a product would be in its dtype
-        scores = (k * share.transpose(-2, -1)).sum(dim=-1, keepdim=True)
-    elif torch.jit.is_tracing():
-        scores = (k * share.transpose(-2, -1)).sum(dim=-1, keepdim=True)
-    else:
-        scores = k @ share
-    return scores.log_softmax(dim=-2).transpose(-2, -1)
+    return sum_rows(k, share.transpose(-2, -1)).log_softmax(dim=-2).transpose(-2, -1)
 
 
 def check_operands(q: torch.Tensor, operands: str) -> None:
@@ -323,8 +319,8 @@ class SOTAttention(Attention):
        softmax_j(cos(q_i, k_j) / reg_h), the same scores and regularization without the plan. What it learns takes part
        in weight decay, as in the study: reg_h is drawn to 1, the shares to equal ones.
      - with `fused_attn` of the layer, set by default as in timm, the output comes from the fused kernels of the device,
-       where it has some, and the weights are never in memory; else they pass through `attn_drop`, where a hook sees
-       them.
+       where it has some, and the weights are never in memory. Without it they pass through `attn_drop`, where a hook
+       sees them; with it they never do, also where the device has no kernels.
      - attention masks are refused by all variants but 'softmax', with NotImplementedError, and other numbers of tokens
        than the head width by 'sot_qkt', with ValueError.
     """
