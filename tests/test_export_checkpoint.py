@@ -6,6 +6,9 @@ import pytest
 import timm
 import torch
 from exported import SETTINGS, logits, run, study, train_py
+from timm.models import save_for_hf
+
+from timm_sot.study.original import JPEG
 
 
 def test_a_command_that_begins_elsewhere_says_so(tmp_path):
@@ -23,6 +26,24 @@ def test_a_command_that_begins_elsewhere_says_so(tmp_path):
     assert said not in card_of('b', ['cct_2', dict(pos_embed='sine')], dict(pos_embed='sine'))
     assert 'initial values' not in card_of('c', ['cct_2', {}], dict(context=True)), 'they are the same'
     assert 'initial values of cct_2 no_such=1' in card_of('d', ['cct_2', dict(no_such=1)], {})
+
+
+def test_what_limits_the_numbers_of_a_study(tmp_path):
+    _, checkpoint = study(tmp_path / 'study', 'cct_2_sot_qkt', {})
+    settings, results = tmp_path / 'study' / 'study.json', tmp_path / 'study' / 'results.jsonl'
+
+    def card_of(data, **changed):
+        settings.write_text(json.dumps({**SETTINGS, **changed}))
+        lines = [json.loads(line) for line in results.read_text().splitlines() if line.endswith('}')]
+        results.write_text(''.join(json.dumps({**line, 'data': data}) + '\n' for line in lines))
+        assert run(checkpoint, '--out', tmp_path / 'hub' / 'qkt') == 0
+        return (tmp_path / 'hub' / 'qkt' / 'README.md').read_text()
+
+    text = card_of(JPEG)
+    assert 'were JPEG files' in text and 'the image size cannot be changed' in text and '--fraction' not in text
+    text = card_of('my own images (validation) 8+2 sha256:1', fraction=0.5, holdout=0.2)
+    assert 'JPEG' not in text and 'trained on my own images with' in text
+    assert ' --fraction 0.5 --holdout 0.2 ' in text and ' --data-dir DIR ' in text
 
 
 def test_model_that_this_version_lacks(tmp_path, capsys):
@@ -112,6 +133,22 @@ def test_the_image_size_of_train_py_is_that_of_the_model(tmp_path, args, model_k
     assert loaded.img_size == network.img_size == ((48, 48) if 'img_size' in args else (48, 40))
     assert timm.data.resolve_model_data_config(loaded)['input_size'] == (3, *network.img_size)
     assert torch.equal(logits(loaded), logits(network))
+
+
+@pytest.mark.parametrize('model, kwargs', [('cct_2', dict(img_size=48)), ('lcnet_035', {})])
+def test_a_model_that_came_from_a_folder(tmp_path, model, kwargs):
+    """Of which the registry does not know whether it is made for one image size."""
+    first = timm.create_model(model, num_classes=10)
+    save_for_hf(first, tmp_path / 'first', safe_serialization=True)
+    name = f'local-dir:{tmp_path / "first"}'
+    network, checkpoint = train_py(
+        tmp_path / 'run', name, network=timm.create_model(name, **kwargs), img_size=48)
+    out = tmp_path / 'again'
+    assert run(checkpoint, '--out', out) == 0
+    loaded = timm.create_model(f'local-dir:{out}', pretrained=True).eval()
+    assert getattr(loaded, 'img_size', (48, 48)) == (48, 48)
+    with torch.no_grad():
+        assert torch.equal(loaded(torch.ones(1, 3, 48, 48)), network(torch.ones(1, 3, 48, 48)))
 
 
 def test_what_train_py_adds_to_its_arguments_is_no_option(tmp_path):

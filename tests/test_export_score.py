@@ -1,6 +1,7 @@
 """ How good a model is on a folder of images """
 import shutil
 
+import torch
 from exported import run, study, train_py
 
 from timm_sot.export.score import evaluate
@@ -30,6 +31,16 @@ def test_val_comes_before_test(tmp_path, digits_dir):
         (tmp_path / split).symlink_to(digits_dir / there)
     score = evaluate(network, str(tmp_path))
     assert (score.split, score.images) == ('val', 400)
+
+
+def test_float32_is_not_tensorfloat(tmp_path, digits_dir, monkeypatch):
+    """Which is torch's default for convolutions on a GPU; the card says float32."""
+    monkeypatch.setattr(torch.backends.cudnn, 'allow_tf32', True)
+    network, _ = study(tmp_path / 'study')
+    seen = []
+    network.register_forward_hook(lambda *args: seen.append(torch.backends.cudnn.allow_tf32))
+    evaluate(network, str(digits_dir))
+    assert seen and not any(seen)
 
 
 def test_other_classes_are_refused(tmp_path, digits_dir, capsys):

@@ -17,7 +17,7 @@ from timm.data import resolve_data_config
 from timm.models import save_for_hf
 from torch import nn
 
-from ..errors import UserError
+from ..errors import UserError, first_line
 from ..study.store import row_name
 from ..viz.inputs import input_size
 from .card import format_card
@@ -91,8 +91,9 @@ def export(
             folder.mkdir(exist_ok=True)
             for name in FILES:  # each whole or not at all
                 os.replace(Path(partial, name), folder / name)
-    except (OSError, SafetensorError) as e:  # safetensors reports a full disk as an error of its own
-        raise UserError(f'cannot write {out}: {getattr(e, "strerror", None) or e}') from e
+    # safetensors reports a full disk as an error of its own, and tensors that share memory as the last
+    except (OSError, SafetensorError, RuntimeError) as e:
+        raise UserError(f'cannot write {out}: {getattr(e, "strerror", None) or first_line(e)}') from e
     return score
 
 
@@ -100,7 +101,8 @@ def build(source: Checkpoint, path: str) -> Tuple[nn.Module, Checkpoint]:
     """The network of a checkpoint, in float32, and the checkpoint with all arguments that make it."""
     sources = [source]
     size = source.data_args.get('img_size') or (source.data_args.get('input_size') or [])[-2:]
-    if size and 'img_size' not in source.kwargs and timm.get_pretrained_cfg(source.model).fixed_input_size:
+    cfg = timm.get_pretrained_cfg(source.model)  # None for local-dir: and hf-hub:
+    if size and 'img_size' not in source.kwargs and (cfg is None or cfg.fixed_input_size):
         # the size of the images alone in train.py of older timm, from 1.0.31 on that of the model, too
         sources.insert(0, source._replace(kwargs={**source.kwargs, 'img_size': size}))
     for source in sources:

@@ -14,7 +14,7 @@ from timm.models import clean_state_dict
 
 from .. import __version__
 from ..errors import UserError
-from ..study.data import same_images
+from ..study.data import HELD_OUT, VAL_FOLDER, same_images
 from ..study.original import JPEG
 from ..study.presets import Row
 from ..study.runner import initial_state
@@ -102,7 +102,7 @@ def read_study(path: str, weights: Dict[str, torch.Tensor]) -> Checkpoint:
         words += ['--' + key.replace('_', '-'), *map(str, value if isinstance(value, (list, tuple)) else [value])]
     if 'dataset' in settings:
         words += ['--dataset', settings['dataset']]
-    name = result['data'].split()[0]
+    name = result['data'].rsplit(' ', 2)[0].removesuffix(HELD_OUT).removesuffix(VAL_FOLDER)
     spread = []
     if len(seeds) > 1:
         finals = [each['final'] for each in seeds]

@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from ..errors import UserError
 from ..study.data import TEST_SPLITS, Files
+from ..study.engine import set_precision
 
 __all__ = ['Score', 'evaluate']
 
@@ -25,7 +26,7 @@ class Score(NamedTuple):
 
 @torch.inference_mode()
 def evaluate(model: nn.Module, data_dir: str, device: Optional[torch.device] = None) -> Score:
-    """Top-1 on a folder of images, with the calls of timm's validate.py and its batch size."""
+    """Top-1 on a folder of images, in float32, with the calls of timm's validate.py and its batch size."""
     device = device or torch.device('cpu')
     root = Path(data_dir)
     splits = [split for split in TEST_SPLITS if (root / split).is_dir()]
@@ -60,6 +61,7 @@ def evaluate(model: nn.Module, data_dir: str, device: Optional[torch.device] = N
         crop_mode=config['crop_mode'],
         device=device,
     )
+    set_precision('float32')  # torch's default are convolutions in TensorFloat-32, on a GPU
     model = model.to(device).eval()
     guesses, labels = [], []
     for batch, label in tqdm(loader, desc='evaluating', unit='batch', delay=1., leave=False, disable=None):

@@ -188,7 +188,9 @@ class Store:
         if self.folder:
             path = self._path('checkpoints', run.name)
             with self._writing():
-                save_file({name: tensor.contiguous() for name, tensor in weights.items()}, path + '.tmp')
+                # copies, as safetensors takes no tensors that share memory, which those of some models do
+                save_file({name: tensor.clone(memory_format=torch.contiguous_format)
+                           for name, tensor in weights.items()}, path + '.tmp')
                 with contextlib.suppress(FileNotFoundError):  # safetensors lets nobody else read it
                     shutil.copymode(self._path('study.json'), path + '.tmp')
                 os.replace(path + '.tmp', path + '.safetensors')
