@@ -1,5 +1,6 @@
 """ The report of a study """
 import re
+import shlex
 import shutil
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from study_lines import (
 
 from timm_sot.cli import main
 from timm_sot.errors import UserError
-from timm_sot.study import figures, report
+from timm_sot.study import figures, report, tables as tables_module
 from timm_sot.study.presets import PRESETS
 from timm_sot.study.statistics import paired
 
@@ -279,11 +280,12 @@ def test_sweeps_of_a_grid(tmp_path):
     assert 'Sweep of' not in text and 'a flag=False x=1' in text
 
 
-def test_controls(tmp_path):
+def test_controls(tmp_path, monkeypatch):
     controls = {'better': ('worse', SOT), 'higher': ('cct_2', {}), 'between': ('cct_2', {}), 'lonely': ('absent', {})}
     between = make_row('between', SOT, [76.6, 76.5, 76.6, 77.8, 76.0])
-    text = written(write(tmp_path, BASELINE + BETTER + WORSE + HIGHER + between + make_row('lonely', {}, [70.])),
-                   control=lambda model, kwargs: controls.get(model))
+    with monkeypatch.context() as patch:
+        patch.setattr(tables_module, 'control_of', lambda model, kwargs: controls.get(model))
+        text = written(write(tmp_path, BASELINE + BETTER + WORSE + HIGHER + between + make_row('lonely', {}, [70.])))
     lines = tables(text)['Variants against their controls'][0][2:]
     assert [(line[0], line[2]) for line in lines] == [
         (f'`{model} sot_reg=0.1 sot_tol=0.1`', control) for model, control in (
@@ -348,17 +350,17 @@ def test_unwritable(tmp_path):
         report.write_report([str(tmp_path)], str(tmp_path / 'file'))
 
 
-@pytest.mark.parametrize('folder', [
-    'hub/study', 'hub/study/candidates', 'hub/study/confirmation', 'hub/study/gray', 'hub/study/lossless',
-    'hub/study/screening', 'hub/study/sweep',
-])
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.mark.parametrize('folder', sorted(
+    str(path.parent.relative_to(ROOT)) for path in (ROOT / 'hub' / 'study').rglob('results.jsonl')))
 def test_report_of_the_project_is_that_of_its_lines(folder, tmp_path, monkeypatch):
-    root = Path(__file__).parents[1]
-    shutil.copytree(root / folder, tmp_path / folder, ignore=shutil.ignore_patterns('*.png', '*.md'))
+    shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns('*.png', '*.md'))
     monkeypatch.chdir(tmp_path)
-    text = (root / folder / 'report.md').read_text()
+    text = (ROOT / folder / 'report.md').read_text()
     command, = re.findall(r'^timm-sot (.*)$', text, re.M)
-    assert main(command.split()) == 0
+    assert main(shlex.split(command)) == 0
     assert Path(folder, 'report.md').read_text() == text
     for name in re.findall(r'!\[.*\]\((.*)\)', text):
-        assert (root / folder / name).exists() and Path(folder, name).exists()
+        assert (ROOT / folder / name).exists() and Path(folder, name).exists()

@@ -1,4 +1,4 @@
-""" Models and images for the figures; what a user names is in test_cli.py """
+""" Models and images for the figures; what a user names is in test_cli_attention.py """
 import numpy as np
 import pytest
 import timm

@@ -60,8 +60,6 @@ def eager_softmax(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Te
 def original_weights(
         q: torch.Tensor,
         k: torch.Tensor,
-        reg: float = REG,
-        iters: int = ITERS,
         tol: Optional[float] = None,
 ) -> torch.Tensor:
     """softmax(SOT(Q, K) d^-1/2) as the original experiments computed it, autograd going through every iteration."""
@@ -75,12 +73,12 @@ def original_weights(
     u, v = torch.zeros_like(cost[..., 0]), torch.zeros_like(cost[..., 0, :])
 
     def log_plan():
-        return (u.unsqueeze(-1) + v.unsqueeze(-2) - cost) / reg
+        return (u.unsqueeze(-1) + v.unsqueeze(-2) - cost) / REG
 
-    for _ in range(iters):
+    for _ in range(ITERS):
         u_prev = u
-        u = reg * (log_mass - torch.logsumexp(log_plan(), dim=-1)) + u
-        v = reg * (log_mass - torch.logsumexp(log_plan(), dim=-2)) + v
+        u = REG * (log_mass - torch.logsumexp(log_plan(), dim=-1)) + u
+        v = REG * (log_mass - torch.logsumexp(log_plan(), dim=-2)) + v
         if tol is not None and (u - u_prev).abs().sum(dim=-1).mean().item() < tol:
             break
     out = torch.sigmoid(log_plan())
@@ -96,12 +94,12 @@ def sot_core(variant: str, iters: int = ITERS) -> Callable[..., torch.Tensor]:
     return lambda q, k, v: sot_attention(q, k, v, operands, softmax, 'euclidean', REG, iters, None)
 
 
-def unfused_core(variant: str, iters: int = ITERS) -> Callable[..., torch.Tensor]:
+def unfused_core(variant: str) -> Callable[..., torch.Tensor]:
     """The same by way of the weights, as where they pass through a dropout of their own or are looked at."""
     operands, softmax, learned = VARIANTS[variant]
     if learned:
-        return lambda q, k, v: shares_attention_weights(q, k, *learned_parameters(q), iters) @ v
-    return lambda q, k, v: sot_attention_weights(q, k, operands, softmax, 'euclidean', REG, iters, None) @ v
+        return lambda q, k, v: shares_attention_weights(q, k, *learned_parameters(q), ITERS) @ v
+    return lambda q, k, v: sot_attention_weights(q, k, operands, softmax, 'euclidean', REG, ITERS, None) @ v
 
 
 def learned_parameters(q: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:

@@ -12,14 +12,12 @@ from typing import Any, Callable, Dict, List, Sequence, Tuple
 
 from . import figures
 from ..errors import UserError
-from .controls import control_of
 from .data import HELD_OUT
 from .original import ROWS, SWEEP
 from .sections import Section, Sweep, count, find_sweeps, read_sources, results_path, split
 from .statistics import paired
 from .store import write_file
 from .tables import (
-    Control,
     control_row,
     format_attention,
     format_controls,
@@ -57,7 +55,6 @@ def write_report(
         sources: Sequence[str],
         out: str = '',
         baseline: str = '',
-        control: Control = control_of,
 ) -> str:
     """Write report.md and its figures.
 
@@ -66,7 +63,6 @@ def write_report(
         out: Folder to write to, '' for the first of the sources.
         baseline: The row that the others are compared with, as reports and logs call it (model key=value ...); '' for
             the one that gave the runs of the first source their initial values.
-        control: From a row, model and arguments, to that of its control, None if it has none.
 
     Returns:
         The path of the report.
@@ -96,7 +92,7 @@ def write_report(
             heading = f'{section.data.rsplit(" ", 2)[0]}, {count(section.epochs, "epoch")}, {section.device}'
             parts.append(f'## {number}. {heading}\n')
             save = partial(save_figure, out, f'-{number}' if number > 1 else '')
-            parts.extend(describe(section, baseline or first, control, save))
+            parts.extend(describe(section, baseline or first, save))
         parts.append(HOW_TO_READ.strip() + '\n')
         path = os.path.join(out, 'report.md')
         write_file(path, '\n'.join(parts))
@@ -114,7 +110,6 @@ def save_figure(out: str, suffix: str, figure: figures.Figure, name: str, captio
 def describe(
         section: Section,
         baseline: str,
-        control: Control,
         save: Callable[[figures.Figure, str, str], str],
 ) -> List[str]:
     """The parts of the report on a section; `save` keeps a figure and returns how the report shows it."""
@@ -130,11 +125,11 @@ def describe(
         parts.append(format_tables(section, title, [*sweep.rows.values()], baseline))
     if others or not parts[1:]:
         parts.append(format_tables(section, 'Other rows' if parts[1:] else 'All rows', others, baseline))
-    parts.append(format_controls(section, control))
+    parts.append(format_controls(section))
     parts.extend(draw(section, baseline, sweeps, [*originals, *others], save))
     ends = [sweep.rows[value] for sweep in sweeps for value in (min(sweep.rows), max(sweep.rows))]
     parts.append(format_attention(section, list(dict.fromkeys([baseline, *originals, *others, *ends]))))
-    parts.append(format_missing(section, baseline, control))
+    parts.append(format_missing(section, baseline))
     return [part for part in parts if part]
 
 
@@ -214,7 +209,7 @@ def format_header(section: Section, baseline: str) -> str:
     return '\n'.join(f'- {line}' for line in lines) + '\n'
 
 
-def format_missing(section: Section, baseline: str, control: Control) -> str:
+def format_missing(section: Section, baseline: str) -> str:
     """What was not measured, '' if there is nothing."""
     missing = []
     by_seeds: Dict[Tuple[int, ...], List[str]] = {}
@@ -235,7 +230,7 @@ def format_missing(section: Section, baseline: str, control: Control) -> str:
             if alone:
                 missing.append(f'`{baseline}` with seed {", ".join(alone)}, to compare with `{row}`')
     for row in section.rows:
-        name = control_row(section, row, control)
+        name = control_row(section, row)
         if name and name not in section.rows:
             missing.append(f'`{name}`, the control of `{row}`')
     unmeasured = sum('common' not in result for result in section.results)

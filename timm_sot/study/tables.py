@@ -3,6 +3,7 @@ import re
 from statistics import fmean
 from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
+from .controls import control_of
 from .original import ROWS
 from .presets import PRESETS, Row
 from .sections import Section
@@ -10,7 +11,6 @@ from .statistics import Difference, Summary, decide, holm, paired, summarize
 from .store import row_name
 
 __all__ = [
-    'Control',
     'control_row',
     'format_attention',
     'format_controls',
@@ -19,8 +19,6 @@ __all__ = [
     'published',
     'shorten',
 ]
-
-Control = Callable[[str, Dict[str, Any]], Optional[Row]]  # from a row, model and arguments, to its control
 
 
 class Comparison(NamedTuple):
@@ -79,9 +77,9 @@ def compare(section: Section, rows: Sequence[str], baseline: str, key: str) -> L
             for row, difference, p in zip(rows, differences, adjusted)]
 
 
-def format_controls(section: Section, control: Control) -> str:
+def format_controls(section: Section) -> str:
     """The table of variants against their controls, '' if there is none."""
-    pairs = [(row, name) for row in section.rows if (name := control_row(section, row, control)) in section.rows]
+    pairs = [(row, name) for row in section.rows if (name := control_row(section, row)) in section.rows]
     if not pairs:
         return ''
     differences = [paired(section.rows[row], section.rows[name], 'final') for row, name in pairs]
@@ -132,10 +130,10 @@ def format_gap(entropy: float) -> str:
     return '< 1e-8' if 1 - entropy < 1e-8 else f'{1 - entropy:.2g}'
 
 
-def control_row(section: Section, row: str, control: Control) -> str:
+def control_row(section: Section, row: str) -> str:
     """The name of the control of a row, '' if it has none."""
     result = section.rows[row][0]
-    found = control(result['model'], result['kwargs'])
+    found = control_of(result['model'], result['kwargs'])
     return row_name(*found) if found else ''
 
 

@@ -1,1 +1,2 @@
-""" What the attention looks like: maps.py takes the matrices from a model, figures.py draws them """
+""" What the attention looks like: inputs.py makes models and images, maps.py takes the matrices, figures.py draws them
+"""
