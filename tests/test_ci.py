@@ -25,6 +25,7 @@ ROWS = {
     'sdpa peak': fake_row('memory', 'peak 1 bfloat16', '', 'sdpa', bytes=1),
     'longest': fake_row('memory', 'one step', '', 'sot_qk N=16384', N=16384, bytes=1),
     'too long': fake_row('memory', 'one step', '', 'sot_qk N=32768', error='OutOfMemoryError: no'),
+    'unfused': fake_row('core', 'another', TRAIN, 'sot_qk unfused', skipped='needs 200 GiB'),
     'of others': fake_row('core', 'another', TRAIN, 'POT', error='ImportError: no'),
 }
 
@@ -50,12 +51,18 @@ def test_bench_report(run, tmp_path):
         'core': {**ROWS['core'], 'path': 'eager'},
         'step': fake_row('step', 'batch 2', 'training step', 'cct_2_sot_qk', error='RuntimeError: no'),
         'graph': fake_row('core', 'another', TRAIN, 'sot_q', 'sdpa', call=1., graph_error='RuntimeError: none'),
+        'group': fake_row('sinkhorn', 'a third', TRAIN, 'all', error='RuntimeError: no input'),
+        'late': fake_row('core', 'a fourth', TRAIN, 'all', skipped='600 s are over'),
+        'skipped': fake_row('core', 'a fifth', TRAIN, 'sot_qkt', skipped='needs 200 GiB'),
         'longest': ROWS['too long'],
     }
     assert check({**ROWS, **broken}) == (1, [
         f'core {CUDA_CORE} {TRAIN} sot_qk: no kernel',
         'step batch 2 training step cct_2_sot_qk: RuntimeError: no',
         f'core another {TRAIN} sot_q: RuntimeError: none',
+        f'sinkhorn a third {TRAIN} all: RuntimeError: no input',
+        f'core a fourth {TRAIN} all: 600 s are over',
+        f'core a fifth {TRAIN} sot_qkt: needs 200 GiB',
         'training step of cct_2_sot_qk under AMP against cct_2: not measured',
         'largest N trained on one GPU with sot_qk: not measured'])
 

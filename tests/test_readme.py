@@ -14,6 +14,7 @@ from timm_scripts import TRAIN_OPTIONS, VALIDATE_OPTIONS
 
 import timm_sot
 from timm_sot.attention import VARIANTS
+from timm_sot.bench.report import BARS
 from timm_sot.cct import CCT
 from timm_sot.cli import main
 from timm_sot.study.presets import PRESETS
@@ -161,10 +162,16 @@ def test_inline_names_exist(own_options):
 
 
 def test_extras_and_script_exist():
-    extras = set(re.findall(r"pip install '\.\[(\w+)\]'", README))
+    extras = set(re.findall(r"pip install (?:-e )?'\.\[(\w+)\]'", README))
     assert extras == {'all', 'bench', 'cpu', 'ray', 'study', 'test', 'viz'}
     assert extras <= {extra for line in requires('timm-sot') for extra in re.findall(r'extra == ["\'](\w+)', line)}
     assert 'timm-sot' in {script.name for script in entry_points(group='console_scripts')}
+
+
+def test_bars_are_those_of_the_bench():
+    table = README[README.index('| what | on | bar | aim |'):].partition('\n\n')[0]
+    rows = [[cell.strip() for cell in line.split('|')[3:5]] for line in table.splitlines()[2:]]
+    assert sorted(rows) == sorted([bar.bar, bar.aim] for bar in BARS)
 
 
 def test_registry_table_is_complete():
