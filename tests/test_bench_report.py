@@ -1,4 +1,6 @@
 """ Reports of the bench: tables and bars of made-up rows """
+import re
+
 import pytest
 
 from timm_sot import errors
@@ -53,6 +55,12 @@ def test_bars():
     assert markdown[1] == '| --- | --- | --- | --- | --- | --- |'
     assert markdown[2].endswith('| 1.40x (1.20-1.45, n = 3) | met |')
     assert sum(line.startswith('| ') for line in markdown) == 10
+
+
+def test_limits_are_those_that_are_shown():
+    for bar in reports.BARS:
+        number, = re.findall(r'[\d.,]+', bar.bar)
+        assert bar.limit == float(number.replace(',', '')) and bar.at_least == (not bar.bar.startswith('<='))
 
 
 def test_a_busy_machine_is_mentioned():

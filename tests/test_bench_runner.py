@@ -138,6 +138,14 @@ def test_command(tiny, tmp_path, capsys):
     assert capsys.readouterr().out.startswith('| what | on |')
 
 
+def test_options_arrive(monkeypatch, report):
+    asked = []
+    monkeypatch.setattr(runner, 'run_bench', lambda *args, **kwargs: asked.append(args) or report)
+    assert cli.main(['bench', '--device', 'cpu']) == 0
+    assert cli.main(['bench', '--device', 'cpu', '--dtype', 'bfloat16', '--quick', '--only', 'step', 'core']) == 0
+    assert asked == [(CPU, None, False, [*runner.SECTIONS]), (CPU, torch.bfloat16, True, ['step', 'core'])]
+
+
 @pytest.mark.parametrize('args, message', [
     (['--device', 'nonsense'], "device 'nonsense'"),
     (['--device', 'meta'], "device 'meta' cannot be used"),

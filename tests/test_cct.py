@@ -346,6 +346,14 @@ def test_class_defaults_are_zero():
     assert not [m for m in model.modules() if isinstance(m, DropPath) or isinstance(m, nn.Dropout) and m.p > 0.]
 
 
+def test_class_defaults_are_those_of_cct_14():
+    model, expected = timm_sot.cct.CCT(device='meta'), timm.create_model('cct_14', device='meta')
+    assert str(model.tokenizer) == str(expected.tokenizer) and model.img_size == expected.img_size
+    assert [block.attn.num_heads for block in model.blocks] == [6] * 14
+    assert {name: p.shape for name, p in model.state_dict().items()} == {
+        name: p.shape for name, p in expected.state_dict().items()}
+
+
 def test_drop_path_reaches_training():
     model = create(train=True, **dict(NO_DROP, drop_path_rate=0.5))
     still = create(train=True, **NO_DROP)
@@ -908,8 +916,10 @@ def test_features_only_pretrained(original):
 # Training
 
 
-def test_no_weight_decay():
-    model = create('cct_2_sot_qk')
+@pytest.mark.parametrize('name', ['cct_2_sot_qk', 'cct_2_sot_shares'])
+def test_no_weight_decay(name):
+    """What 'sot_shares' learns is decayed, as the class says, and so is the convolution."""
+    model = create(name)
     assert model.no_weight_decay() == {'pos_embed'} and create(pos_embed='none').no_weight_decay() == set()
     optimizer = create_optimizer_v2(model, opt='adamw', lr=1e-3, weight_decay=0.05)
     plain = {id(p) for group in optimizer.param_groups if group['weight_decay'] == 0. for p in group['params']}

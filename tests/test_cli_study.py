@@ -1,5 +1,6 @@
 """ timm-sot study """
 import argparse
+import inspect
 import json
 import sys
 
@@ -139,6 +140,47 @@ def test_grid(monkeypatch):
                  '--data-dir', 'x']) == 0
     assert asked['study'].rows == [('cct_2_sot_shares', {'sot_iters': 0}), ('cct_2', {})]
     assert asked['study'].holdout == 0.1 and asked['recipe'].epochs == 30
+
+
+@pytest.mark.parametrize('options, expected', [
+    ('--batch-size 7', ('recipe', 'batch_size', 7)),
+    ('--lr 0.3', ('recipe', 'lr', 0.3)),
+    ('--weight-decay 0.2', ('recipe', 'weight_decay', 0.2)),
+    ('--smoothing 0.3', ('recipe', 'smoothing', 0.3)),
+    ('--schedule original', ('recipe', 'schedule', 'original')),
+    ('--precision bfloat16', ('recipe', 'precision', 'bfloat16')),
+    ('--augment autoaugment flip', ('recipe', 'augment', ('autoaugment', 'flip'))),
+    ('--augment', ('recipe', 'augment', ())),
+    ('--fraction 0.5', ('study', 'fraction', 0.5)),
+    ('--holdout 0.25', ('study', 'holdout', 0.25)),
+    ('--data-dir x', ('study', 'data_dir', 'x')),
+    ('--dataset torch/x', ('study', 'dataset', 'torch/x')),
+    ('--dataset torch/x --dataset-download', ('study', 'download', True)),
+    ('--out x', ('out', 'x')),
+    ('--parallel 3', ('parallel', 3)),
+    ('--workers 4', ('workers', 4)),
+    ('--no-graphs', ('graphs', False)),
+    ('--out x --time-limit 10', ('time_limit', 10.)),
+])
+def test_options_arrive(monkeypatch, options, expected):
+    from timm_sot.study import runner
+    asked = []
+    signature = inspect.signature(runner.run_study)
+
+    def run_study(*args):
+        asked.append(signature.bind(*args).arguments)
+        return []
+
+    def value(arguments):
+        found = arguments
+        for name in path:
+            found = found[name] if isinstance(found, dict) else getattr(found, name)
+        return found
+
+    monkeypatch.setattr(runner, 'run_study', run_study)
+    assert main(['study', '--device', 'cpu', *options.split()]) == main(['study', '--device', 'cpu']) == 0
+    *path, wanted = expected
+    assert value(asked[0]) == wanted != value(asked[1])
 
 
 def test_ray(monkeypatch, capsys):

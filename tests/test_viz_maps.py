@@ -283,7 +283,7 @@ def test_autocast(variant):
     with torch.autocast('cpu', torch.bfloat16):
         maps = attention_maps(model, x)
     for key, record in maps.items():
-        torch.testing.assert_close(record['weights'].float(), expected[key]['weights'], rtol=0.2, atol=0.02)
+        torch.testing.assert_close(record['weights'].float(), expected[key]['weights'], rtol=0.2, atol=5e-4)
         if variant == 'sot_qk':
             assert record['sot'].dtype == torch.float32
 

@@ -1,4 +1,5 @@
 """Weights in the package and in folders."""
+import hashlib
 import json
 import os
 import re
@@ -16,7 +17,7 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 
 from timm_sot.export.score import evaluate
-from timm_sot.weights import explained, packaged_weights, with_readable_folder
+from timm_sot.weights import DamagedDownload, check_download, explained, packaged_weights, with_readable_folder
 
 ROOT = Path(__file__).parents[1]
 HUB = ROOT / 'hub'
@@ -41,6 +42,25 @@ def test_every_small_model_has_weights():
         assert not cfg.hf_hub_id and not cfg.url
         expected = ('cifar10', packaged_weights(f'{name}.cifar10')) if cfg.has_weights else (None, None)
         assert (cfg.tag, cfg.file) == expected
+
+
+HASHES = {  # SHA-256 of the weights, its first digits
+    'cct_2.cifar10': 'c1508c207013a574',
+    'cct_2_sot_q.cifar10': '18e34db51f856a85',
+    'cct_2_sot_q_nosoftmax.cifar10': 'e5c000c60a818a07',
+    'cct_2_sot_qk.cifar10': '871149a369158377',
+    'cct_2_sot_qk_nosoftmax.cifar10': 'd5088aad623d6fa0',
+    'cct_2_sot_qkt.cifar10': 'c4df6600971dfcf8',
+    'cct_2_sot_shares.cifar10': '27e3f4bffadbf268',
+    'cct_2_sot_shares.e200_cifar10': '61208b04de2168f4',
+}
+
+
+def test_weights_are_those_of_their_cards():
+    """Most have the same shapes: another model's would load, too."""
+    assert sorted(HASHES) == MODELS
+    for name, start in HASHES.items():
+        assert hashlib.sha256((HUB / name / 'model.safetensors').read_bytes()).hexdigest().startswith(start), name
 
 
 @pytest.mark.parametrize('name', MODELS)
@@ -372,3 +392,34 @@ def test_top1_is_that_of_the_card(name):
     if score.digest not in card(name).text:  # JPEG files, or those without loss
         pytest.skip('set CIFAR10_DIR to the images of this card')
     assert (score.top1, score.images) == (result.metric_value, 10000)
+
+
+@pytest.fixture
+def cached(monkeypatch, tmp_path):
+    """The weights of a model of the Hub in its cache."""
+    path = tmp_path / 'model.safetensors'
+    monkeypatch.setattr('huggingface_hub.try_to_load_from_cache', lambda *args, **kwargs: str(path))
+    return path
+
+
+def test_download_without_a_hash_is_not_checked(cached):
+    """As in a cache without links, whose files have the names that they have on the Hub."""
+    cached.write_bytes(b'any')
+    check_download('user/name', None)
+    assert cached.exists()
+
+
+@pytest.mark.parametrize('error, advice', [
+    (None, 'it has been removed from the cache, try again'), (PermissionError(), 'remove .* and try again')])
+def test_damaged_download(monkeypatch, cached, error, advice):
+    blob = cached.parent / ('0' * 64)
+    blob.write_bytes(b'changed')
+    cached.symlink_to(blob)
+    if error:
+        def refuse(path):
+            raise error
+
+        monkeypatch.setattr(os, 'remove', refuse)
+    with pytest.raises(DamagedDownload, match=f'^user/name on the Hub: the model.safetensors that came .*; {advice}'):
+        check_download('user/name', None)
+    assert blob.exists() == cached.is_symlink() == bool(error)
