@@ -17,7 +17,7 @@ import warnings
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass, replace
-from typing import Any, Dict, Iterator, List, Optional, Sequence, Set, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Set, Tuple
 
 import torch
 
@@ -108,6 +108,19 @@ class ClusterSession:
         self.failed: List[str] = []
         self.said: Set[str] = set()
         self.stack = ExitStack()
+        self.ray: Any = None  # the module, inside of the context
+        # of `run`
+        self.needs: Dict[str, float] = {}  # what Ray is to give each run
+        self.place: Dict[str, Any] = {}  # where a worker is to train, see `train_run`
+        self.remote: Any = None  # `train_run` as a task
+        self.sent: Any = None  # the setting, in the cluster's memory
+        self.handlers: Dict[str, Callable[..., None]] = {  # of the messages of a worker, see `Link`
+            'begin': self._on_begin,
+            'step': self._on_step,
+            'warning': self._on_warning,
+            'save': self._on_save,
+            'finish': self._on_finish,
+        }
 
     def __enter__(self) -> 'ClusterSession':
         self.ray = self.stack.enter_context(self.cluster.connect())
@@ -139,7 +152,7 @@ class ClusterSession:
         self.needs = {'CPU': cpus, 'GPU': share if device == 'cuda' else 0.}
         if not self._room():
             raise UserError(
-                f'no machine of the Ray cluster has {self._needs()} for a run; add one that has, or ask for less with '
+                f'no machine of the Ray cluster has {self._needs_in_words()} for a run; add one that has, or ask for less with '
                 f'--cpus-per-run, --gpus-per-run or --device cpu.')
         self.place = dict(
             device=device, threads=max(1, int(cpus)), workers=max(0, int(cpus) - 1) if workers is None else workers)
@@ -184,7 +197,7 @@ class ClusterSession:
         except (errors.RayError, StopIteration) as e:
             self._lose(task, e)
         else:
-            getattr(self, f'_on_{name}')(task, *values)
+            self.handlers[name](task, *values)
 
     def _on_begin(self, task: Task, epoch: int, steps: int, worker: str) -> None:
         task.worker, task.since = worker, time.monotonic()
@@ -257,7 +270,7 @@ class ClusterSession:
             self._stop_for_time()
         elif 'room' not in self.said and not self._room():
             self.said.add('room')
-            self.progress.write(f'waits for a machine that has {self._needs()}; the same command continues')
+            self.progress.write(f'waits for a machine that has {self._needs_in_words()}; the same command continues')
 
     def _room(self) -> bool:
         """Whether a machine that is up has what a run needs, be it free or not."""
@@ -265,7 +278,7 @@ class ClusterSession:
             node['Alive'] and all(node['Resources'].get(key, 0.) >= value for key, value in self.needs.items())
             for node in self.ray.nodes())
 
-    def _needs(self) -> str:
+    def _needs_in_words(self) -> str:
         return ' and '.join(f'{value:g} {key}' for key, value in self.needs.items() if value)
 
 
