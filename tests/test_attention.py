@@ -249,9 +249,9 @@ def test_dropout_of_fused_layers(monkeypatch, variant, path):
         return layer(x).detach()
 
     assert torch.equal(draw(0), draw(0))
-    outputs = torch.stack([draw(seed) for seed in range(200)])
+    outputs = torch.stack([draw(seed) for seed in range(100)])
     assert (outputs - without).abs().amax(dim=(1, 2, 3)).min() > 0.05 * without.abs().max(), 'nothing was dropped'
-    assert error(outputs.mean(0), without) < 0.25
+    assert error(outputs.mean(0), without) < 0.3
 
 
 # 'softmax' is timm's Attention

@@ -16,6 +16,17 @@ def test_digits():
     assert images.shape == (1797, 1, 32, 24) and images.max() == 255
 
 
+def test_a_study_has_the_images_that_it_had():
+    """Other ones, or others to test on, would be another study in the folder of one that was begun."""
+    study = load_data('', (32, 32))
+    assert study.test.labels[:16].tolist() == [7, 6, 3, 7, 7, 3, 2, 8, 9, 3, 2, 6, 6, 4, 5, 8]
+    assert study.train.labels[:16].tolist() == [3, 9, 1, 3, 1, 9, 4, 4, 2, 8, 3, 5, 1, 1, 9, 3]
+    row = torch.tensor([
+        0, 0, 0, 1, 1, 0, 0, 0, 0, 0, 0, 11, 34, 64, 98, 123, 143, 166, 198, 230, 253, 255, 248, 218, 176, 129, 82, 50,
+        28, 9, 0, 0])
+    assert (study.test.images[0, :, 14] - row).abs().max() <= 1  # which a rounding may make
+
+
 def test_figures_show_the_digits_that_a_study_trains_on():
     study = load_data('', (32, 32))
     trained = {image.numpy().tobytes() for image in (*study.train.images[:, 0], *study.test.images[:, 0])}

@@ -200,7 +200,7 @@ def test_nearly_equal_tokens(path, groups, spread, distance, bound):
         assert error(x, y) < (1e-4 if path == 'cpu' else bound)
 
 
-@pytest.mark.parametrize('width', [32, 128])
+@pytest.mark.parametrize('width', [32] + [128] * HAS_CUDA)  # rounding on a GPU grows with it
 @pytest.mark.parametrize('distance', ['euclidean', 'cosine'])
 @pytest.mark.parametrize('dtype', BARS)
 @pytest.mark.parametrize('path', PATHS)
