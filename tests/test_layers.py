@@ -78,6 +78,19 @@ def test_naflexvit_is_saved_with_its_attention(tmp_path, after):
     assert torch.equal(loaded(x), model(x))
 
 
+def test_a_mask_that_the_model_makes_is_refused():
+    """NaFlexViT's, of which patches there are."""
+    model = timm.create_model('naflexvit_base_patch16_gap', depth=1, embed_dim=64, num_heads=2).eval()
+    patches = dict(
+        patches=torch.randn(1, 4, 16 * 16 * 3), patch_coord=torch.tensor([[[0, 0], [0, 1], [1, 0], [1, 1]]]),
+        patch_valid=torch.tensor([[True, True, True, False]]))
+    model(patches)
+    apply_sot(model, 'sot_qk')
+    model(torch.randn(1, 3, 32, 32))
+    with pytest.raises(NotImplementedError, match='attn_mask'):
+        model(patches)
+
+
 @pytest.mark.skipif(update_model_args is None, reason='needs the saved arguments of timm 1.0.31')
 @pytest.mark.parametrize('wrap', [torch.compile, torch.nn.Sequential])
 def test_attention_is_recorded_in_the_model_that_another_module_holds(wrap):

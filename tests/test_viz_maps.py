@@ -7,6 +7,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from timm.layers import Attention
+from timm.utils import AttentionExtract
 from torch import nn
 
 from timm_sot import SOTAttention, apply_sot, attention_maps, sinkhorn
@@ -286,6 +287,19 @@ def test_autocast(variant):
         torch.testing.assert_close(record['weights'].float(), expected[key]['weights'], rtol=0.2, atol=5e-4)
         if variant == 'sot_qk':
             assert record['sot'].dtype == torch.float32
+
+
+@pytest.mark.parametrize('variant', ['softmax', 'sot_qk', 'sot_shares'])
+def test_timms_own_extraction_finds_the_same(monkeypatch, variant):
+    """With fused attention turned off as in timm, which layers ask when they are made."""
+    monkeypatch.setattr(timm.layers.config, '_USE_FUSED_ATTN', 0)
+    model, x = make_cct(variant), make_images()
+    assert not model.blocks[0].attn.fused_attn
+    found = AttentionExtract(model, method='hook')(x)
+    maps = attention_maps(model, x)
+    assert list(found) == ['blocks.0.attn.attn_drop', 'blocks.1.attn.attn_drop']
+    for weights, record in zip(found.values(), maps.values()):
+        torch.testing.assert_close(weights, record['weights'])
 
 
 def test_masks_are_still_refused():
