@@ -12,6 +12,8 @@ from timm_sot.bench.report import bar_rows, format_report, load_reports, save_re
 from timm_sot.bench.timing import ROUNDS
 from timm_sot.errors import UserError
 
+from bench_rows import fake_report
+
 CPU = torch.device('cpu')
 
 
@@ -138,9 +140,9 @@ def test_command(tiny, tmp_path, capsys):
     assert capsys.readouterr().out.startswith('| what | on |')
 
 
-def test_options_arrive(monkeypatch, report):
+def test_options_arrive(monkeypatch):
     asked = []
-    monkeypatch.setattr(runner, 'run_bench', lambda *args, **kwargs: asked.append(args) or report)
+    monkeypatch.setattr(runner, 'run_bench', lambda *args, **kwargs: asked.append(args) or fake_report())
     assert cli.main(['bench', '--device', 'cpu']) == 0
     assert cli.main(['bench', '--device', 'cpu', '--dtype', 'bfloat16', '--quick', '--only', 'step', 'core']) == 0
     assert asked == [(CPU, None, False, [*runner.SECTIONS]), (CPU, torch.bfloat16, True, ['step', 'core'])]
