@@ -133,6 +133,7 @@ def test_timm_sot_before_timm(python, autoload):
     ('import timm_sot.attention', True),
     ('import timm_sot.attention', False),
     ('import timm_sot.patch', True),
+    ('import timm_sot.weights', True),
     ('import timm_sot.cct', True),
 ])
 def test_any_room_may_come_first(python, statement, autoload):

@@ -45,7 +45,7 @@ def test_attention_options(drawn, folder):
     image = f'{folder}/test/1/3.png'
     assert main(['attention', 'patches', '--image', image, '--layer', '-2', '--head', '1', '--queries', '0,1', '7,7',
                  '--matrix', 'sot', '--dropout', '--out', 'a.pdf', '--dpi', '90', '--untrained']) == 0
-    assert list(drawn['models']) == ['cct_2 (untrained)', 'cct_2_sot_qk (untrained)']
+    assert list(drawn['models']) == ['cct_2_sot_qk (untrained)'], 'softmax attention has no such matrix'
     assert not any(model.training for model in drawn['models'].values())
     assert drawn['images'].getpixel((0, 0)) == (203, 203, 203)
     assert drawn['options'] == dict(
@@ -168,7 +168,7 @@ def test_attention_without_its_extra(package, monkeypatch, capsys):
     (['attention', 'compare', '--layer', '2'], 'no attention layer 2; choose a number from -2 to 1'),
     (['attention', 'compare', '--layer', 'blocks.2'], 'no attention layer blocks.2; '),
     (['attention', 'compare', '--head', '2'], 'no head 2 in blocks.1; choose one from 0 to 1'),
-    (['attention', 'heads', '--matrix', 'sot'], 'cct_2 has no SOT matrix'),
+    (['attention', 'heads', '--models', 'cct_2', '--matrix', 'sot'], 'cct_2 has no SOT matrix'),
     (['attention', 'patches', '--queries', '8,0'], 'patch 8,0 is not in the grid'),
     (['attention', 'patches', '--queries', '8'], "--queries: invalid ROW,COLUMN value: '8'"),
     (['attention', 'reg', '--regs', '0'], '--regs: must be above 0'),

@@ -1,6 +1,7 @@
 """ How good a model is on a folder of images """
 import shutil
 
+import timm
 import torch
 from exported import run, study, train_py
 
@@ -22,6 +23,8 @@ def test_gray_images(tmp_path, digits_dir):
     out = tmp_path / 'cct_2.digits'
     assert run(checkpoint, '--out', out, '--data-dir', digits_dir, '--device', 'cpu') == 0
     assert '1 channels' in (out / 'README.md').read_text()
+    config = timm.data.resolve_model_data_config(timm.create_model(f'local-dir:{out}', pretrained=True))
+    assert len(config['mean']) == len(config['std']) == config['input_size'][0] == 1
 
 
 def test_val_comes_before_test(tmp_path, digits_dir):

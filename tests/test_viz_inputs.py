@@ -5,9 +5,10 @@ import timm
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from timm.models import save_for_hf
 
 from timm_sot.errors import UserError
-from timm_sot.viz.inputs import digits, find_images, load_models, model_input, shown_pixels, token_grid
+from timm_sot.viz.inputs import ImageFiles, digits, find_images, load_models, model_input, shown_pixels, token_grid
 
 
 def make_image(size=(32, 32)):
@@ -69,6 +70,28 @@ def test_find_images(tmp_path):
         (tmp_path / name).touch()
     assert [name for name, _ in find_images(str(tmp_path))] == ['1.jpeg', 'a/10.JPG', 'b/2.png']
     assert find_images(str(tmp_path / 'b/2.png')) == [('b/2.png', str(tmp_path / 'b/2.png'))]
+
+
+def test_files_are_read_when_they_are_asked_for(tmp_path):
+    paths = [str(tmp_path / f'{i}.png') for i in range(3)]
+    for i in (0, 1):
+        make_image((i + 1, 4)).save(paths[i])
+    images = ImageFiles(paths)
+    assert len(images) == 3 and [image.size for image in images[0:2]] == [(4, 1), (4, 2)] and images[1].size == (4, 2)
+    with pytest.raises(UserError, match='there is no image .*2.png'):
+        images[1:]
+
+
+@pytest.mark.parametrize('name', ['vit_tiny_patch16_224', 'local-dir'])
+def test_checkpoint_in_place_of_the_weights_of_the_model(tmp_path, name):
+    """Which may be in a folder, or in a format of their own."""
+    model = timm.create_model('cct_2' if name == 'local-dir' else name, num_classes=1000)
+    if name == 'local-dir':
+        save_for_hf(timm.create_model('cct_2', num_classes=1000), tmp_path, safe_serialization=True)
+        name = f'local-dir:{tmp_path}'
+    save_file(model.state_dict(), tmp_path / 'weights.safetensors')
+    loaded, = load_models([name], [str(tmp_path / 'weights.safetensors')]).values()
+    assert torch.equal(loaded.blocks[0].attn.qkv.weight, model.blocks[0].attn.qkv.weight)
 
 
 def test_recorded_arguments_are_named(tmp_path):

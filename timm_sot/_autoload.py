@@ -10,6 +10,9 @@ import warnings
 
 _TARGET = 'timm.models'  # once this has loaded, timm's registry is there to be added to
 _registering = []  # not empty while `_register` is at work
+# rooms that the models need, and which may be the first to import timm, with what they define last; they call
+# `autoload` when they are done
+_IMPORTING_TIMM = {'attention': 'SOTAttention', 'weights': 'check_download'}
 
 
 class _TimmFinder:
@@ -45,9 +48,10 @@ def _is_ours(finder):
 
 
 def _register():
-    attention = sys.modules.get('timm_sot.attention')
-    if attention is not None and not hasattr(attention, 'SOTAttention'):
-        return  # timm is being imported by attention.py, which the models need; it calls autoload when it is done
+    for room, last in _IMPORTING_TIMM.items():
+        module = sys.modules.get(f'timm_sot.{room}')
+        if module is not None and not hasattr(module, last):
+            return  # it is from there that timm is being imported
     if _registering:  # that call, where it is from here that attention.py is imported
         return
     _registering.append(True)

@@ -16,6 +16,8 @@ import timm
 from safetensors import SafetensorError
 from timm.models import resolve_pretrained_cfg
 
+from ._autoload import autoload
+
 __all__ = ['explained', 'packaged_weights', 'with_named_source', 'with_readable_folder']
 
 WEIGHTS_FILE = 'model.safetensors'
@@ -220,3 +222,6 @@ def check_download(model_id: str, cache_dir: Optional[str], error: Optional[Exce
     raise DamagedDownload(
         f'{model_id} on the Hub: the {WEIGHTS_FILE} that came is not the one that the Hub announced (SHA-256 '
         f'{actual[:12]}..., announced {announced[:12]}...); {advice}.') from error
+
+
+autoload()  # if this module was the one that imported timm, the models could not be registered before

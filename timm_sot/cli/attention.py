@@ -1,9 +1,12 @@
 """ timm-sot attention """
 import argparse
-from typing import Any, Dict
+from typing import TYPE_CHECKING, Any, Dict, Sequence, Tuple
 
 from ..errors import UserError, first_line
 from .arguments import ModelKwargs, number, seed
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 __all__ = ['add_attention']
 
@@ -38,9 +41,8 @@ def add_attention(commands) -> None:
     for figure, text in about.items():
         sub = figures.add_parser(figure, help=text, description=f'Draw {text}.')
         sub.add_argument('--models', nargs='+', metavar='NAME',
-                         default=['cct_2_sot_qk'] if figure == 'reg' else ['cct_2', 'cct_2_sot_qk'],
                          help='timm models, folders (local-dir:DIR) or Hub repositories (hf-hub:OWNER/NAME) '
-                              '(default: %(default)s)')
+                              '(default: cct_2_sot_qk, and cct_2 where its attention has what is drawn)')
         sub.add_argument('--checkpoint', nargs='+', default=[], metavar='FILE',
                          help='weights of the models, a file for each (default: their pretrained weights, if any)')
         sub.add_argument('--untrained', action='store_true', help='random weights')
@@ -93,9 +95,11 @@ def _attention(args: argparse.Namespace) -> int:
 
     if args.checkpoint and args.untrained:
         raise UserError('--checkpoint names the weights, and --untrained asks for none; leave one of them out.')
-    recorded = [_recorded_kwargs(name, checkpoint) for name, checkpoint in zip(args.models, args.checkpoint)]
-    models = load_models(args.models, args.checkpoint, args.untrained, args.model_kwargs, args.seed, recorded)
-    names, images = zip(*_images(args))
+    has_sot = args.figure == 'reg' or getattr(args, 'matrix', '') == 'sot'
+    names = args.models or (['cct_2_sot_qk'] if has_sot else ['cct_2', 'cct_2_sot_qk'])
+    recorded = [_recorded_kwargs(name, checkpoint) for name, checkpoint in zip(names, args.checkpoint)]
+    models = load_models(names, args.checkpoint, args.untrained, args.model_kwargs, args.seed, recorded)
+    image_name, images = _images(args)
     options = {
         name: value for name, value in vars(args).items()
         if name in ('layer', 'head', 'matrix', 'queries', 'regs', 'dropout')}
@@ -105,7 +109,7 @@ def _attention(args: argparse.Namespace) -> int:
             of = args.image or 'the handwritten digits of scikit-learn'
             figure = figures.entropy(models, images, images_name=f'{len(images)} images of {of}', **options)
         else:
-            figure = getattr(figures, args.figure)(models, images[0], image_name=names[0], **options)
+            figure = getattr(figures, args.figure)(models, images[0], image_name=image_name, **options)
         figure.savefig(args.out, dpi=args.dpi)
     except (ValueError, RuntimeError, OSError, MemoryError) as e:  # what does not fit the model, or nowhere
         raise UserError(first_line(e)) from e
@@ -126,9 +130,9 @@ def _recorded_kwargs(name: str, checkpoint: str) -> Dict[str, Any]:
     return {**result['kwargs'], **find_classes(checkpoint, name)}
 
 
-def _images(args):
-    """The images of a figure with their names: the one of --index, for `entropy` as many as --num-images."""
-    from ..viz.inputs import digits, find_images, load_image
+def _images(args: argparse.Namespace) -> Tuple[str, Sequence['Image']]:
+    """The images of a figure: the one of --index, with its name, for `entropy` as many as --num-images."""
+    from ..viz.inputs import ImageFiles, digits, find_images
 
     found = find_images(args.image) if args.image else digits()
     if args.figure == 'entropy':
@@ -138,4 +142,5 @@ def _images(args):
         found = [found[args.index]]
     else:
         raise UserError(f'--index {args.index}: there are {len(found)} images, counted from 0.')
-    return [(name, load_image(image) if args.image else image) for name, image in found]
+    names, images = zip(*found)
+    return names[0], ImageFiles(images) if args.image else images

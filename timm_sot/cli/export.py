@@ -15,7 +15,8 @@ def add_export(commands) -> None:
                         help="of timm's train.py (model_best.pth.tar) or of a study (checkpoints/NAME.safetensors)")
     parser.add_argument('--out', required=True, metavar='DIR',
                         help='the folder, whose name is that of the model in its card: MODEL.TAG, a TAG for the data, '
-                             'such as cifar10 or, of 200 epochs, e200_cifar10')
+                             'such as cifar10 or, of 200 epochs, e200_cifar10; a card that is there is replaced, with '
+                             'what was added to it')
     parser.add_argument('--data-dir', default='', metavar='DIR',
                         help='evaluate on these images, in val/<class>/, or else test/<class>/, or else <class>/')
     parser.add_argument('--model-kwargs', nargs='*', default={}, action=ModelKwargs, metavar='KEY=VALUE',

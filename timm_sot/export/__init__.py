@@ -19,7 +19,7 @@ from torch import nn
 
 from ..errors import UserError, first_line
 from ..study.store import row_name
-from ..viz.inputs import input_size
+from ..viz.inputs import fit_channels, input_size
 from .card import format_card
 from .checkpoint import Checkpoint, plain, read_checkpoint
 from .score import Score, evaluate
@@ -122,6 +122,7 @@ def build(source: Checkpoint, path: str) -> Tuple[nn.Module, Checkpoint]:
     cfg = model.pretrained_cfg
     cfg.update(num_classes=model.num_classes, input_size=input_size(model, cfg['input_size']))
     cfg.update(resolve_data_config(source.data_args, model=model))
+    fit_channels(cfg)  # as newer versions of timm do
     if 'input_size' in source.data_args or 'img_size' in source.data_args:
         cfg.pop('test_input_size', None)
     return model.float().eval(), source

@@ -134,7 +134,8 @@ def heads(
     for part, (name, by_layer), num_columns in zip(parts, shown.items(), columns):
         settings = sorted({sot_settings(layer_of(models[name], key), name) for key in by_layer} - {''})
         part.suptitle(' · '.join([name, *settings]), weight='bold')
-        axes = part.subplots(len(by_layer), num_columns, squeeze=False, sharex=True, sharey=True)
+        share = len({heads.shape[-1] for heads in by_layer.values()}) == 1  # one number of tokens
+        axes = part.subplots(len(by_layer), num_columns, squeeze=False, sharex=share, sharey=share)
         for row, (key, heads) in zip(axes, by_layer.items()):
             row[0].set_ylabel(key)
             for ax, values in zip(row, heads):
@@ -210,7 +211,7 @@ def patches(
     figure.suptitle(about(image_name, dropout))
     axes = figure.subplots(len(queries), columns, squeeze=False)
     for query, ax in zip(queries, axes[:, 0]):
-        ax.imshow(first_pixels.numpy())
+        ax.imshow(first_pixels.numpy(), cmap='gray', vmin=0., vmax=1.)  # the colours of one channel
         outline(ax, query, first_grid, first_pixels.shape[:2])
         ax.set_ylabel(f'patch {query[0]},{query[1]}')
     axes[0, 0].set_title('query patch')
@@ -515,6 +516,7 @@ def place_in(grid: Tuple[int, int], place: Tuple[int, int], of: Tuple[int, int])
 
 
 def layer_of(model: nn.Module, key: str) -> nn.Module:
+    model = getattr(model, '_orig_mod', model)  # of torch.compile, which `attention_maps` looks into, too
     layers = {name.removesuffix('.attn'): layer for name, layer in attention_layers(model).items()}
     return layers[key]
 

@@ -15,7 +15,17 @@ from ..errors import UserError, first_line, one_line, unknown_model
 from ..patch import attention_layers
 
 __all__ = [
-    'digits', 'find_images', 'input_size', 'load_image', 'load_models', 'model_input', 'shown_pixels', 'token_grid']
+    'ImageFiles',
+    'digits',
+    'find_images',
+    'fit_channels',
+    'input_size',
+    'load_image',
+    'load_models',
+    'model_input',
+    'shown_pixels',
+    'token_grid',
+]
 
 
 def load_models(
@@ -82,7 +92,8 @@ def load_model(
 
     overlay = {}
     if checkpoint:
-        overlay['pretrained_cfg_overlay'] = dict(file=checkpoint)
+        # of the model's own weights timm would go by the source, and by the format
+        overlay['pretrained_cfg_overlay'] = dict(file=checkpoint, source=None, custom_load=False)
         if 'num_classes' in recorded:  # else timm takes the head for one of other classes
             overlay['pretrained_cfg_overlay']['num_classes'] = recorded['num_classes']
     model_kwargs = {**recorded, **model_kwargs}
@@ -130,6 +141,21 @@ def load_image(path: str) -> Image.Image:
         raise UserError(f'{path} is not an image that can be read: {first_line(e)}') from e
 
 
+class ImageFiles(Sequence):
+    """Images of files, read when they are asked for: all of them may be more than memory holds."""
+
+    def __init__(self, paths: Sequence[str]):
+        self.paths = paths
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return [load_image(path) for path in self.paths[index]]
+        return load_image(self.paths[index])
+
+
 def find_images(path: str) -> List[Tuple[str, str]]:
     """Names and paths of the images in a folder, in the order of their names, or of the one image at `path`."""
     if not os.path.isdir(path):
@@ -172,21 +198,28 @@ def shown_pixels(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
 
 def data_config(model: nn.Module) -> Dict[str, Any]:
     """timm's data config of a model, with the image size and channels that it was really built for."""
+    model = getattr(model, '_orig_mod', model)  # of torch.compile, which timm asks for a length
     config = resolve_model_data_config(model)
     config['input_size'] = input_size(model, config['input_size'])
+    fit_channels(config)
+    return config
+
+
+def fit_channels(config: Dict[str, Any]) -> None:
+    """Give a data config a mean and a standard deviation for each channel, of other ones the average."""
     channels = config['input_size'][0]
     if channels != len(config['mean']):
-        config['mean'], config['std'] = (
-            (sum(config[name]) / len(config[name]),) * channels for name in ('mean', 'std'))
-    return config
+        config.update((name, (sum(config[name]) / len(config[name]),) * channels) for name in ('mean', 'std'))
 
 
 def input_size(model: nn.Module, configured: Tuple[int, int, int]) -> Tuple[int, int, int]:
     """Channels, height and width that a model was really built for, as far as it says, or else as configured."""
     channels, *size = configured
-    for module in (model, getattr(model, 'patch_embed', None)):
+    patch_embed = getattr(model, 'patch_embed', None)
+    for module in (model, patch_embed):
         size = to_2tuple(getattr(module, 'img_size', None) or size)
-    return getattr(model, 'in_chans', channels), *size
+    first = getattr(patch_embed, 'proj', None)  # older versions of timm do not say it of a ViT
+    return getattr(model, 'in_chans', getattr(first, 'in_channels', channels)), *size
 
 
 def token_grid(model: nn.Module, num_tokens: int) -> Tuple[int, int]:
