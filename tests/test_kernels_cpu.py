@@ -463,3 +463,24 @@ def test_anything(variant, B, H, N, D, dtype, reg, iters, scale, distance, p, eq
             assert x.isfinite().all()
     if p == 0.:
         assert_close(actual[:1], wanted[:1], dtype, slack=10. / min(1., reg / 0.05))
+
+
+@pytest.mark.parametrize('method', ['load', 'save'])
+def test_a_cache_that_fails_is_done_without(tmp_path, monkeypatch, method):
+    """A full disk, a file of another user, or one that is empty after a crash."""
+    import numba
+
+    from timm_sot.kernels import cpu_loops
+    monkeypatch.setattr(numba.core.config, 'CACHE_DIR', str(tmp_path))
+    asked = []
+
+    def fail(*args):
+        asked.append(args)
+        raise OSError(28, 'No space left on device')
+
+    @cpu_loops._kept()
+    def twice(x):
+        return 2 * x
+
+    monkeypatch.setattr(twice._cache._cache_file, method, fail)
+    assert twice(3) == 6 and twice(1.5) == 3. and len(asked) == 1, 'nor is it asked again'

@@ -252,7 +252,8 @@ def test_runs_of_another_process(monkeypatch, capsys):
 
 
 def test_runs_go_on_from_the_last_checkpoint(capsys):
-    stand_in = StandIn([[BEGIN, ('step', 2), LOST], [BEGIN, save(1)], [BEGIN, LOST], [BEGIN, finish('a')]])
+    again = ('begin', 1, *BEGIN[2:])
+    stand_in = StandIn([[BEGIN, ('step', 2), LOST], [BEGIN, save(1)], [again, LOST], [again, finish('a')]])
     assert play(stand_in) == ([], ['a']) and stand_in.epochs == 2
     assert stand_in.submitted == [('a', None), ('a', None), ('a', 1), ('a', 1)]
     printed = capsys.readouterr().err

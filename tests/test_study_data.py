@@ -8,7 +8,7 @@ import tarfile
 import pytest
 import torch
 from PIL import Image
-from timm.data import IterableImageDataset
+from timm.data import IterableImageDataset, create_dataset
 from torch.utils.data import DataLoader, get_worker_info
 from torchvision import datasets
 
@@ -265,3 +265,12 @@ def test_named_dataset_that_is_not_there(tmp_path, dataset, message):
 def test_all_images_held_out():
     with pytest.raises(UserError, match='--holdout 0.99 leaves none of 10 training images to train on'):
         subset(make_data(), holdout=0.99)
+
+
+@pytest.mark.parametrize('name, called', [
+    ('torch/cifar10', 'cifar10'), ('torch/fashion_mnist', 'fashion_mnist'), ('torch/imagenet', 'imagenet' + VAL_FOLDER),
+    ('hfds/user/cifar10', 'cifar10' + VAL_FOLDER)])
+def test_a_validation_split_is_no_test_set(folder, monkeypatch, name, called):
+    monkeypatch.setattr('timm_sot.study.data.create_dataset', lambda name, root, split, download: create_dataset(
+        '', root=f'{root}/test'))
+    assert load_data(folder, (8, 8), dataset=name).name == called

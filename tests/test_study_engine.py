@@ -150,6 +150,14 @@ def test_attention_statistics_take_the_batches_of_training():
     assert values[0] != pytest.approx(values[1], abs=1e-5)
 
 
+def test_attention_statistics_are_not_rounded_to_bfloat16():
+    """In which nearly uniform weights would have the rounding in common."""
+    found = [
+        make_trainer(Recipe(epochs=1, batch_size=4, precision=precision), name='cct_2_sot_q')[0].attention_statistics()
+        for precision in ('float32', 'bfloat16')]
+    assert found[0] == found[1]
+
+
 def test_attention_statistics_of_a_model_without_attention():
     trainer, _ = make_trainer(name='resnet10t')
     assert trainer.attention_statistics() == {'entropy': {}, 'common': {}}

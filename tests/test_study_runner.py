@@ -130,6 +130,7 @@ def test_a_run_that_fails_leaves_the_others(folder, tmp_path, monkeypatch, capsy
     assert numbers(e.value.results) == numbers(kept)
     said = capsys.readouterr().err
     assert held[1] == ([] if parallel > 1 else ['cct_2']), 'models of the group that failed take no memory'
+    assert parallel == 1 or not any(held), 'nor do others from then on'
     assert 'Traceback' in said and ('goes on with one run at a time' in said) == (parallel > 1)
     monkeypatch.undo()
     assert numbers(run(folder, tmp_path, seeds=(5, 6))) == numbers(whole)
@@ -479,6 +480,14 @@ def test_no_epoch_begins_that_would_end_after_the_time_limit(folder, tmp_path, m
     run(folder, tmp_path, rows=ROWS[:1], recipe=replace(RECIPE, epochs=9), time_limit=limit)
     path, = (tmp_path / 'checkpoints').glob('*.pt')
     assert torch.load(path)['epoch'] == epochs
+
+
+def test_an_epoch_of_more_runs_is_expected_to_take_longer():
+    said = []
+    session = SimpleNamespace(
+        duration=10., deadline=time.monotonic() + 30., progress=SimpleNamespace(write=said.append))
+    assert not runner.Session._is_late(session, 2) and not said
+    assert runner.Session._is_late(session, 3) and said == [runner.TIME_LIMIT]
 
 
 def test_time_limit_between_runs(folder, tmp_path, capsys):

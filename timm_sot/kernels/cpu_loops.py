@@ -64,10 +64,29 @@ def _kept(**kwargs):
     """numba.njit with compiled code kept on disk where that is possible."""
     def decorate(function):
         try:
-            return numba.njit(nogil=True, cache=True, **kwargs)(function)
+            compiled = numba.njit(nogil=True, cache=True, **kwargs)(function)
         except RuntimeError:  # no writable folder
             return numba.njit(nogil=True, **kwargs)(function)
+        _pass_over_failures(compiled._cache)
+        return compiled
     return decorate
+
+
+def _pass_over_failures(cache):
+    """Have numba compile anew where its files cannot be read, and go on where they cannot be written.
+
+    It raises what it meets: a full disk, a file that is empty after a crash, or another user's.
+    """
+    def passed_over(method):
+        def attempt(*args, **kwargs):
+            try:
+                return method(*args, **kwargs)
+            except Exception:
+                cache.disable()
+                return None
+        return attempt
+
+    cache.load_overload, cache.save_overload = passed_over(cache.load_overload), passed_over(cache.save_overload)
 
 
 # Sums may be taken in any order.

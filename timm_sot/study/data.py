@@ -7,6 +7,7 @@ import errno
 import hashlib
 import lzma
 import os
+import re
 import sys
 import tarfile
 import tempfile
@@ -160,7 +161,9 @@ def load_dataset(
             f'dataset {name!r} cannot be read from {root or "the default folder"}: '
             f'{first_line(e)} (--dataset takes what timm does, e.g. '
             f'torch/cifar10, --data-dir the folder, and --dataset-download downloads it)') from e
-    return StudyData(name.split('/')[-1], *images, int(images[0].labels.max()) + 1)
+    # timm takes the test set for a validation split where torchvision has no other
+    suffix = '' if re.fullmatch(r'torch/\w*(cifar|mnist)\w*', name) else VAL_FOLDER
+    return StudyData(name.split('/')[-1] + suffix, *images, int(images[0].labels.max()) + 1)
 
 
 class Files(Dataset):

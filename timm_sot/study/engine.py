@@ -212,8 +212,9 @@ class Trainer:
     def attention_statistics(self, num_images: int = 512) -> Dict[str, Dict[str, List[float]]]:
         """What the model's attention weights are like: `entropy`, see `row_entropy`, and `common`, see `common_part`.
 
-        The model runs eagerly and in evaluation mode, without random numbers, in batches of the size that it trained
-        with: SOT with `tol` depends on the batch.
+        The model runs eagerly, in evaluation mode and in float32, without random numbers, in batches of the size that it
+        trained with: SOT with `tol` depends on the batch. In bfloat16 the weights would be rounded, and what queries of
+        nearly uniform weights have in common would be the rounding.
 
         Args:
             num_images: Number of test images, spread evenly over them.
@@ -232,9 +233,8 @@ class Trainer:
         sums: Dict[str, torch.Tensor] = {}  # (2, H) by layer
         with self._on_stream():
             for index in (torch.arange(count, device=self.device) * total // count).split(len(self.arange)):
-                with self._autocast():
-                    statistics = attention_statistics(
-                        self.model, self.normalize(self.test.images[index]), [row_entropy, common_part])
+                statistics = attention_statistics(
+                    self.model, self.normalize(self.test.images[index]), [row_entropy, common_part])
                 for name, (entropy, common) in statistics.items():  # (B, H, N), (B, H)
                     sums[name] = sums.get(name, 0) + torch.stack([entropy.mean(dim=2), common]).sum(dim=1)
             return {
@@ -299,6 +299,8 @@ class Trainer:
                     with torch.cuda.graph(graph, pool=pool, stream=self.stream, capture_error_mode='thread_local'):
                         function(size)
                     self.steps[training, size] = graph.replay
+        except torch.OutOfMemoryError:  # with fewer models at once there may be room
+            raise
         except Exception as e:
             warnings.warn(f'no CUDA graphs, training eagerly: {type(e).__name__}: {e}', RuntimeWarning)
             self.steps, self.stream, self.generator = {}, None, None

@@ -1,6 +1,6 @@
 """ Progress bars: one for a study, and one for each of its runs in progress """
 import sys
-from typing import Any, Dict, Sequence, Set, Tuple
+from typing import Any, Dict, Sequence, Tuple
 
 from tqdm import tqdm
 
@@ -19,12 +19,11 @@ class Progress:
             total=sum(run.epochs for run in runs), desc='study', unit='epoch',
             mininterval=0.5 if sys.stderr.isatty() else 10.)
         self.bars: Dict[str, Tuple[int, Any]] = {}  # line and bar of a run
-        self.begun: Set[str] = set()
+        self.begun: Dict[str, int] = {}  # epochs of a run that the bar of the study counts
 
     def begin(self, run: Run, epoch: int, steps: int) -> None:
         """A run begins, or continues, at an epoch, in epochs of so many steps."""
-        if run.name not in self.begun:
-            self._found(run, epoch)
+        self._found(run, epoch)
         self.leave(run)
         taken = {line for line, _ in self.bars.values()}
         line = next(line for line in range(1, len(taken) + 2) if line not in taken)
@@ -40,20 +39,21 @@ class Progress:
     def epoch(self, run: Run, top1: float) -> None:
         """A run has finished an epoch."""
         self.bars[run.name][1].set_postfix({'top-1': f'{top1:.2f}'})
+        self.begun[run.name] += 1
         self.study.update()
 
     def elsewhere(self, run: Run) -> None:
         """A run has been finished by another process."""
-        if run.name not in self.begun:
-            self._found(run, run.epochs)
+        self._found(run, run.epochs)
 
     def _found(self, run: Run, epochs: int) -> None:
-        """So many epochs were done, which say nothing about how fast we are."""
-        self.begun.add(run.name)
-        if epochs:
-            self.study.initial += epochs
-            self.study.n += epochs
-            self.study.last_print_n += epochs
+        """So many epochs are done, or fewer than were counted, which says nothing about how fast we are."""
+        more = epochs - self.begun.get(run.name, 0)
+        self.begun[run.name] = epochs
+        if more:
+            self.study.initial += more
+            self.study.n += more
+            self.study.last_print_n += more
             self.study.refresh()
 
     def done(self, run: Run, result: Dict[str, Any]) -> None:

@@ -243,7 +243,7 @@ class Session:
         self.test = setting.data.test.to(device)
         self.trainers: Dict[str, Trainer] = {}
         self.kept: Tuple[int, Dict[int, Images]] = (0, {})  # a seed and the epochs of it that are in memory
-        self.duration = float('-inf')  # of an epoch
+        self.duration = float('-inf')  # of an epoch of one run
         self.stack = contextlib.ExitStack()
 
     def __enter__(self) -> 'Session':
@@ -269,6 +269,7 @@ class Session:
             A line for each run that failed.
         """
         failed: List[str] = []
+        careful = False  # whether a group has failed, perhaps for want of memory
         runs = sorted(runs, key=lambda run: run.seed)  # stable: rows stay in order
         warn_of_other_places(self.store.finished(self.setting.fingerprint).values(), self.about)
         while True:
@@ -282,9 +283,9 @@ class Session:
                     if runs:
                         self.progress.write(left_to_others(len(runs)))
                     return failed
-                if self._is_late():
+                if self._is_late(len(group)):
                     return failed
-                rows = {run.row for run in runs}
+                rows = {run.row for run in (group if careful else runs)}
                 self.trainers = {row: trainer for row, trainer in self.trainers.items() if row in rows}
                 checkpoints = [self.store.load(run, self.setting.fingerprint) for run in group]
                 more = any(run.seed == group[0].seed and run not in group for run in runs)
@@ -303,16 +304,16 @@ class Session:
                     for run in group:
                         self.progress.leave(run)
                     if len(group) > 1:
-                        parallel = 1
+                        parallel, careful = 1, True
                         self.progress.write(f'{one_line(e)}; goes on with one run at a time')
                         continue
                     self.progress.write(traceback.format_exc())
                     failed.append(f'{group[0].row} seed {group[0].seed}: {one_line(e)}')
                     runs = [run for run in runs if run is not group[0]]
 
-    def _is_late(self) -> bool:
-        """Whether an epoch more would end after the deadline; if so, it is said."""
-        late = time.monotonic() + 1.2 * self.duration > self.deadline
+    def _is_late(self, runs: int) -> bool:
+        """Whether an epoch more of so many runs would end after the deadline; if so, it is said."""
+        late = time.monotonic() + 1.2 * self.duration * runs > self.deadline
         if late:
             self.progress.write(TIME_LIMIT)
         return late
@@ -380,8 +381,9 @@ class Session:
                     record['seconds'] = round(record['seconds'] + seconds, 3)
                     self.progress.epoch(group[i], top1)
                     self._keep(group[i], record, trainers[i])
-                self.duration = time.monotonic() - begin
-                if epoch + 1 < setting.recipe.epochs and self._is_late():
+                self.duration = (time.monotonic() - begin) / len(active)
+                coming = sum(record['epoch'] == epoch + 1 for record in records)
+                if epoch + 1 < setting.recipe.epochs and self._is_late(coming):
                     return False
         return True
 
