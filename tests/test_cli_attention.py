@@ -177,7 +177,8 @@ def test_attention_without_its_extra(package, monkeypatch, capsys):
     (['attention', 'heads', '--out', 'no/such/folder/figure.png'], 'no/such/folder/figure.png'),
     (['attention', 'heads', '--models', 'cct_2_sot_qkt', '--model-kwargs', 'img_size=48'], 'N = D, got 144 tokens'),
 ])
-def test_user_errors(capsys, args, message):
+def test_user_errors(capsys, monkeypatch, tmp_path, args, message):
+    monkeypatch.chdir(tmp_path)  # where a figure that should not be drawn would lie
     assert main(args) == 2
     printed = capsys.readouterr()
     assert message in printed.err and printed.err.count('\n') == 1 and not printed.out

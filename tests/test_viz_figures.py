@@ -176,8 +176,6 @@ def test_heads(models, vit, image, matrix):
     assert {bar_label(bar) for bar in bars} == {figures.LABELS[matrix]}
 
 
-# patches
-
 def test_heads_of_layers_with_other_numbers_of_tokens(image):
     """As those of a PiT: each matrix is whole."""
     model = make('pit_ti_224', img_size=64, depth=(1, 1, 1))
@@ -189,18 +187,12 @@ def test_heads_of_layers_with_other_numbers_of_tokens(image):
         assert ax.get_xlim() == (-0.5, width - 0.5) and ax.get_ylim() == (height - 0.5, -0.5)
 
 
+# patches
+
 def test_patches_of_a_gray_image(image):
     ax = panels(figures.patches({'cct_2': make('cct_2', in_chans=1)}, image))[0][0]
     shown, = ax.get_images()
     assert shown.get_cmap().name == 'gray' and shown.get_clim() == (0., 1.)
-
-
-def test_compiled_model(models, image):
-    compiled = {name: torch.compile(model) for name, model in models.items()}
-    for draw in (figures.heads, figures.patches, figures.compare):
-        for actual, wanted in zip(panels(draw(compiled, image))[0], panels(draw(models, image))[0]):
-            for shown, expected in zip(actual.get_images(), wanted.get_images()):
-                np.testing.assert_array_equal(shown.get_array(), expected.get_array())
 
 
 def test_patches(models, image):
@@ -464,3 +456,11 @@ def test_the_distance_is_said():
             (timm.create_model('cct_2_sot_qk', sot_distance='cosine'), True), (timm.create_model('cct_2_sot_qk'), False),
             (timm.create_model('cct_2_sot_shares', sot_distance='cosine'), False)):
         assert ('cosine distance' in figures.describe('model', model, 'blocks.1', 0)) == said
+
+
+def test_compiled_model(models, image):
+    compiled = {name: torch.compile(model) for name, model in models.items()}
+    for draw in (figures.heads, figures.patches, figures.compare):
+        for actual, wanted in zip(panels(draw(compiled, image))[0], panels(draw(models, image))[0]):
+            for shown, expected in zip(actual.get_images(), wanted.get_images()):
+                np.testing.assert_array_equal(shown.get_array(), expected.get_array())

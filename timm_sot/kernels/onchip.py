@@ -41,7 +41,8 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 # float32 in tf32x3 the products of what is below tf32. Rows that differ by less count as equal; a row of such remainders
 # alone would be divided by the largest of them.
 NEGLIGIBLE = tl.constexpr(4e-7)
-# Of the cosine also what a GPU's roots and quotients, which are approximate, leave of 1 for equal rows: 8e-7 at most.
+# Of the cosine also what a GPU's roots and quotients, which are approximate, leave of 1 for equal rows: some 8e-7 by the
+# errors that PTX states for them.
 NEGLIGIBLE_COSINE = tl.constexpr(1.2e-6)
 
 

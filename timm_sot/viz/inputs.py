@@ -20,7 +20,6 @@ __all__ = [
     'find_images',
     'fit_channels',
     'input_size',
-    'load_image',
     'load_models',
     'model_input',
     'shown_pixels',
