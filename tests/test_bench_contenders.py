@@ -22,7 +22,10 @@ def test_contenders_of_the_core_agree():
     softmax = contenders.eager_softmax(q, k, v)
     assert torch.allclose(softmax, torch.nn.functional.scaled_dot_product_attention(q, k, v), atol=1e-5)
     for variant in set(VARIANTS) - {'softmax'}:
-        out, expected = contenders.sot_core(variant)(q, k, v), contenders.unfused_core(variant)(q, k, v)
+        learned = contenders.learned_parameters(variant, 1, CPU)
+        assert bool(learned) == (variant == 'sot_shares') and all(x.requires_grad and x.is_leaf for x in learned)
+        out, expected = (
+            core(variant)(q, k, v, *learned) for core in (contenders.sot_core, contenders.unfused_core))
         assert torch.allclose(out, expected, atol=1e-4), variant
 
 

@@ -29,8 +29,11 @@ def test_train_once(monkeypatch):
         return lambda q, k, v: shapes.append(q.shape) or core(variant)(q, k, v)
 
     monkeypatch.setattr(memory, 'sot_core', watched)
-    memory.train_once(32, torch.float32, CPU)
+    qkv = torch.randn(1, 32, 3, 2, memory.D, requires_grad=True)
+    before = qkv.detach().clone()
+    memory.train_once(qkv)
+    assert not torch.equal(qkv, before)
     assert shapes == [(1, 2, 32, memory.D)]
     monkeypatch.setattr(memory, 'sot_core', lambda variant: lambda q, k, v: v * float('nan'))
     with pytest.raises(FloatingPointError, match='not finite'):
-        memory.train_once(32, torch.float32, CPU)
+        memory.train_once(qkv)

@@ -115,6 +115,7 @@ def test_attention_of_a_checkpoint_of_a_study(drawn, tmp_path, capsys):
     assert main(['attention', 'compare', '--models', 'cct_2_sot_qk', '--checkpoint', file]) == 0
     model, = drawn['models'].values()
     assert (model.blocks[0].attn.reg, model.blocks[0].attn.tol) == (1., 0.1)
+    assert main(['attention', 'compare', '--models', 'cct_2_sot_qk.cifar10', '--checkpoint', file]) == 0
     assert main(['attention', 'compare', '--models', 'cct_2_sot_q', '--checkpoint', file]) == 2
     assert f'{file} is of cct_2_sot_qk, as the study says that wrote it, not of cct_2_sot_q' in capsys.readouterr().err
 

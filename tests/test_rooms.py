@@ -11,8 +11,8 @@ import timm_sot
 ROOT = Path(timm_sot.__file__).parent
 TREE = Path(__file__).parents[1]  # where the package need not be that is tested
 ROOMS = [
-    'errors', 'kernels', 'solver', 'transform', 'attention', 'layers', 'weights', 'cct', 'patch', 'digits', 'viz',
-    'study', 'bench', 'export', 'cli', '__main__']
+    'errors', 'machine', 'kernels', 'solver', 'transform', 'attention', 'layers', 'weights', 'cct', 'patch', 'digits',
+    'viz', 'study', 'bench', 'export', 'cli', '__main__']
 FREE = {'__init__', '_autoload'}  # they name the others for users, and import them late
 
 

@@ -158,6 +158,17 @@ def test_attention_statistics_are_not_rounded_to_bfloat16():
     assert found[0] == found[1]
 
 
+def test_attention_statistics_of_a_model_that_folds_patches_into_the_batch():
+    trainer, _ = make_trainer(name='mobilevit_xxs')
+    found = trainer.attention_statistics()
+    maps = attention_maps(trainer.model.eval(), trainer.normalize(trainer.test.images))
+    for name, record in maps.items():
+        assert record['weights'].shape[0] > len(trainer.test.images)
+        expected = row_entropy(record['weights']).mean(dim=(0, 2)).tolist()
+        assert found['entropy'][name] == pytest.approx(expected, nan_ok=True)  # it has none for a single token
+    assert any(map(math.isfinite, sum(found['entropy'].values(), [])))
+
+
 def test_attention_statistics_of_a_model_without_attention():
     trainer, _ = make_trainer(name='resnet10t')
     assert trainer.attention_statistics() == {'entropy': {}, 'common': {}}

@@ -15,7 +15,8 @@ import timm
 import torch
 from study_process import kill_after_an_epoch, start
 
-from timm_sot.study import machine, runner
+from timm_sot import machine
+from timm_sot.study import runner
 from timm_sot.errors import UserError
 from timm_sot.study.data import Images, StudyData
 from timm_sot.study.engine import Recipe
@@ -59,6 +60,26 @@ def test_models_share_their_initial_values():
     assert not torch.equal(runner.build_model(('cct_2', {}), 7, seed=4).head.weight, state['head.weight'])
 
 
+def test_what_no_seed_draws_stays_as_the_arguments_say():
+    first, row = ('cct_2_sot_shares', {}), ('cct_2_sot_shares', dict(sot_reg=0.5, mlp_ratio=2.))
+    given, own = (runner.build_model(each, 7, seed=3).state_dict() for each in (first, row))
+    state = runner.initial_state(row, first, 7, seed=3)
+    assert state.keys() == own.keys() and all(state[name].shape == value.shape for name, value in own.items())
+    assert torch.equal(state['blocks.0.attn.log_reg'], own['blocks.0.attn.log_reg'])
+    assert not torch.equal(own['blocks.0.attn.log_reg'], given['blocks.0.attn.log_reg'])
+    assert torch.equal(state['pos_embed'], given['pos_embed']) and given['pos_embed'].any()
+
+
+def test_what_is_drawn_for_one_of_two_is_not_shared():
+    zeros, draws = (('vit_tiny_patch16_224', dict(img_size=32, depth=1, weight_init=init)) for init in ('', 'jax'))
+    for row, first in ((zeros, draws), (draws, zeros)):
+        state = runner.initial_state(row, first, 7, seed=3)
+        assert torch.equal(
+            state['blocks.0.mlp.fc1.bias'], runner.build_model(row, 7, seed=3).blocks[0].mlp.fc1.bias)
+        assert state['blocks.0.mlp.fc1.bias'].any() == (row == draws)
+        assert torch.equal(state['pos_embed'], runner.build_model(first, 7, seed=3).pos_embed)
+
+
 @pytest.mark.parametrize('rows, message', [
     (['cct_2', 'cct2_sot_qk'], 'did you mean cct_2_sot_qk'),
     (['cct_2', '!'], 'list_models'),
@@ -84,12 +105,6 @@ def test_input_size():
 def test_model_errors_come_first(folder, kwargs):
     with pytest.raises(UserError, match='cannot create cct_2 with .*(no_such|reg=-1)'):
         run(folder, rows=[('cct_2_sot_q', {}), ('cct_2', kwargs)])
-
-
-@pytest.mark.parametrize('name', ['nonsense', 'cuda:99', 'meta'])
-def test_device_errors(name):
-    with pytest.raises(UserError, match=f'device {name!r} cannot be used'):
-        runner.resolve_device(name)
 
 
 def test_results(folder, capsys):
@@ -129,7 +144,7 @@ def test_a_run_that_fails_leaves_the_others(folder, tmp_path, monkeypatch, capsy
     kept = [result for result in whole if (result['model'], result['seed']) != ('cct_2_sot_q', 5)]
     assert numbers(e.value.results) == numbers(kept)
     said = capsys.readouterr().err
-    assert held[1] == ([] if parallel > 1 else ['cct_2']), 'models of the group that failed take no memory'
+    assert held[1] == [], 'models of the group that failed, or of no use any more, take no memory'
     assert parallel == 1 or not any(held), 'nor do others from then on'
     assert 'Traceback' in said and ('goes on with one run at a time' in said) == (parallel > 1)
     monkeypatch.undo()
@@ -219,13 +234,37 @@ def test_process_is_prepared(folder, monkeypatch):
     assert sorted(called) == ['bfloat16', 'memory']
 
 
-def test_trainers_that_are_done_are_dropped(folder, monkeypatch):
+def as_if_captured(monkeypatch):
+    """Sessions that hold models as those do that capture their steps."""
+    init = runner.Session.__init__
+    monkeypatch.setattr(runner.Session, '__init__', lambda self, *args, **kwargs: (
+        init(self, *args, **kwargs), setattr(self, 'captures', True))[0])
+
+
+@pytest.mark.parametrize('captured', [False, True])
+def test_trainers_that_are_of_no_use_are_dropped(folder, monkeypatch, captured):
     held = []
     run_group = runner.Session.run_group
     monkeypatch.setattr(runner.Session, 'run_group', lambda self, *args: (
-        held.append(sorted(self.trainers)), run_group(self, *args))[1])
-    run(folder, parallel=1)
-    assert held == [[], []] and len(ROWS) == 2
+        held.append(len(self.trainers)), run_group(self, *args))[1])
+    if captured:
+        as_if_captured(monkeypatch)
+    run(folder, seeds=(5, 6), parallel=1)
+    assert len(ROWS) == 2 and held == ([0, 1, 2, 1] if captured else [0] * 4)
+
+
+def test_a_run_without_room_beside_models_of_others_is_done_again(folder, tmp_path, monkeypatch, capsys):
+    def room_for_one(self, run):
+        if {*self.trainers} - {run.row}:
+            raise torch.OutOfMemoryError('64 TiB')
+        return trainer_of(self, run)
+
+    whole = run(folder, seeds=(5, 6))
+    trainer_of = runner.Session._trainer
+    monkeypatch.setattr(runner.Session, '_trainer', room_for_one)
+    as_if_captured(monkeypatch)
+    assert numbers(run(folder, tmp_path, seeds=(5, 6), parallel=1)) == numbers(whole)
+    assert capsys.readouterr().err.count('goes on with one run at a time') == 1
 
 
 @pytest.mark.parametrize('damage', [

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from timm_sot.errors import UserError
 from timm_sot.study import store as module
-from timm_sot.study.store import KINDS, Run, Store, find_result
+from timm_sot.study.store import Run, Store, find_result
 
 RUN = Run('cct_2', {'sot_reg': 0.5}, 3, 2)
 

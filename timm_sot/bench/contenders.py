@@ -87,10 +87,10 @@ def original_weights(
 
 
 def sot_core(variant: str, iters: int = ITERS) -> Callable[..., torch.Tensor]:
-    """The function from q, k, v to the output that `SOTAttention` of this variant calls."""
+    """The function from q, k, v, and `learned_parameters`, to the output that `SOTAttention` of this variant calls."""
     operands, softmax, learned = VARIANTS[variant]
     if learned:
-        return lambda q, k, v: shares_attention(q, k, v, *learned_parameters(q), iters)
+        return lambda q, k, v, *learned: shares_attention(q, k, v, *learned, iters)
     return lambda q, k, v: sot_attention(q, k, v, operands, softmax, 'euclidean', REG, iters, None)
 
 
@@ -98,18 +98,20 @@ def unfused_core(variant: str) -> Callable[..., torch.Tensor]:
     """The same by way of the weights, as where they pass through a dropout of their own or are looked at."""
     operands, softmax, learned = VARIANTS[variant]
     if learned:
-        return lambda q, k, v: shares_attention_weights(q, k, *learned_parameters(q), ITERS) @ v
+        return lambda q, k, v, *learned: shares_attention_weights(q, k, *learned, ITERS) @ v
     return lambda q, k, v: sot_attention_weights(q, k, operands, softmax, 'euclidean', REG, ITERS, None) @ v
 
 
-def learned_parameters(q: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
-    """What 'sot_shares' learns, as it starts."""
-    H = q.shape[1]
-    return torch.full((H, 1, 1), math.log(REG), device=q.device), torch.zeros(H, D, 1, device=q.device)
+def learned_parameters(variant: str, H: int, device: torch.device) -> Tuple[torch.Tensor, ...]:
+    """Leaves that hold what the variant learns, as it starts: nothing, but for 'sot_shares'."""
+    if not VARIANTS[variant].learned:
+        return ()
+    learned = torch.full((H, 1, 1), math.log(REG), device=device), torch.zeros(H, D, 1, device=device)
+    return tuple(x.requires_grad_() for x in learned)
 
 
 def randn(*shape: int, dtype: torch.dtype = torch.float32, device: torch.device) -> torch.Tensor:
-    """Normal numbers. From the CPU's generator: CUDA's is of no use after a graph that could not be captured."""
+    """Normal numbers, the same on every device."""
     return torch.randn(shape).to(device, dtype)
 
 
@@ -146,8 +148,8 @@ def core_group(
         inputs = qkv_inputs(B, H, N, dtype, device)
         grad = randn(B, N, H, D, dtype=dtype, device=device).transpose(1, 2)  # as it comes out of the projection
 
-        def contender(name, fn, **kwargs):
-            return Contender(name, pass_of(fn, inputs, grad, phase), **kwargs)
+        def contender(name, fn, learned=(), **kwargs):
+            return Contender(name, pass_of(fn, [*inputs, *learned], grad, phase), **kwargs)
 
         def original(tol):
             return lambda q, k, v: original_weights(q, k, tol=tol) @ v
@@ -155,7 +157,7 @@ def core_group(
         def sot(name):
             learned = VARIANTS[name].learned
             path = choose_path(device, dtype, N, D, strips=not learned, reg=None if learned else REG)
-            return contender(name, sot_core(name), path=path)
+            return contender(name, sot_core(name), learned_parameters(name, H, device), path=path)
 
         saved = 2 * ITERS if phase == TRAIN else 0
 
@@ -228,11 +230,10 @@ def points_group(N: int, device: torch.device, weight: float) -> Group:
     def build():
         x, y = randn(2, N, D, device=device) / D ** 0.5
         mass = torch.full((N,), 1 / N, device=device)
-        flash, missing = import_flash_sinkhorn(), ''
-        if device.type != 'cuda':
-            missing = 'needs CUDA'
-        elif flash is None:
-            missing = 'not installed: pip install flash-sinkhorn'
+        flash, missing = None, 'needs CUDA'
+        if device.type == 'cuda':
+            flash = import_flash_sinkhorn()
+            missing = '' if flash else 'not installed: pip install flash-sinkhorn'
 
         def ours():
             with torch.no_grad():

@@ -137,7 +137,7 @@ def bar_rows(reports: Sequence[Dict[str, Any]]) -> List[Dict[str, Any]]:
 
 
 def bar_table(reports: Sequence[Dict[str, Any]], markdown: bool = False) -> str:
-    """The bars and whether they are met, with what the numbers were got on under them."""
+    """The bars and whether they are met, with the machine of the numbers under them."""
     head = ('what', 'on', 'bar', 'aim', 'measured', '')
     cells = [
         (row['what'], row['on'], row['bar'], row['aim'], row['measured'], row['state']) for row in bar_rows(reports)]
@@ -154,7 +154,7 @@ def describe(report: Dict[str, Any]) -> str:
     parts = [about['device'], f'{about["threads"]} of {about["cores"]} CPU threads']
     if about['load'] is not None:
         parts.append(f'load {about["load"]:.1f} at the start')
-    parts += [f'{name} {version}' for name, version in about['versions'].items() if version]
+    parts += [f'{name} {version}' for name, version in about['versions'].items() if version not in (None, 'none')]
     parts += [f'commit {about["commit"]}'] if about['commit'] else []
     parts += [about['date'][:10], '--quick'] if about['quick'] else [about['date'][:10]]
     line = ', '.join(parts)

@@ -14,8 +14,8 @@ from typing import Any, Callable, Dict, List, NamedTuple, Sequence, Tuple
 
 import torch
 
+from .. import machine
 from ..errors import one_line
-from ..study import machine
 from .contenders import Contender, Group
 
 __all__ = ['QUICK_ROUNDS', 'ROUNDS', 'TIME_LIMIT', 'quartiles', 'release', 'time_group']
@@ -52,16 +52,28 @@ def clock(call: Callable[[], Any], calls: int, device: torch.device) -> float:
 
 
 def captured(call: Callable[[], Any]) -> Callable[[], Any]:
-    """The replay of `call` as a CUDA graph."""
+    """The replay of `call` as a CUDA graph.
+
+    A capture that fails may leave its stream the current one, and the generator in a state in which it gives no more
+    numbers: both are put back, or nothing else could be timed.
+    """
+    before = torch.cuda.current_stream()
+    generator = torch.cuda.default_generators[torch.cuda.current_device()]
+    state = generator.graphsafe_get_state()
     stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(2):
+    stream.wait_stream(before)
+    try:
+        generator.graphsafe_set_state(generator.clone_state())
+        with torch.cuda.stream(stream):
+            for _ in range(2):
+                call()
+        before.wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
             call()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
+    finally:
+        torch.cuda.set_stream(before)
+        generator.graphsafe_set_state(state)
     return graph.replay
 
 

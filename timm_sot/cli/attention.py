@@ -125,9 +125,10 @@ def _recorded_kwargs(name: str, checkpoint: str) -> Dict[str, Any]:
     if found is None:
         return {}
     result, _, _ = found
-    if result['model'] != name:
+    # a name may go on with the tag of weights; what a folder or the Hub holds has any name
+    if ':' not in name and name.partition('.')[0] != result['model'].partition('.')[0]:
         raise UserError(f'{checkpoint} is of {result["model"]}, as the study says that wrote it, not of {name}.')
-    return {**result['kwargs'], **find_classes(checkpoint, name)}
+    return {**result['kwargs'], **find_classes(checkpoint, result['model'])}
 
 
 def _images(args: argparse.Namespace) -> Tuple[str, Sequence['Image']]:

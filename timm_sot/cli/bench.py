@@ -33,7 +33,7 @@ def _bench(args: argparse.Namespace) -> int:
 
     from ..bench.report import bar_table, format_report, load_reports, save_report
     from ..bench.runner import run_bench
-    from ..study.runner import resolve_device
+    from ..machine import resolve_device
 
     if args.markdown:
         print(bar_table(load_reports(args.markdown), markdown=True))

@@ -27,7 +27,7 @@ def add_export(commands) -> None:
 
 def _export(args: argparse.Namespace) -> int:
     from ..export import export
-    from ..study.runner import resolve_device
+    from ..machine import resolve_device
 
     device = resolve_device(args.device) if args.data_dir else None
     score = export(args.checkpoint, args.out, args.data_dir, device, args.model_kwargs)

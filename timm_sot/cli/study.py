@@ -129,8 +129,9 @@ def _report(study: argparse.ArgumentParser, args: argparse.Namespace) -> int:
 
 
 def _study(args: argparse.Namespace) -> int:
+    from ..machine import resolve_device
     from ..study.presets import PRESETS, Study
-    from ..study.runner import RunsFailed, format_results, resolve_device, run_study
+    from ..study.runner import RunsFailed, format_results, run_study
 
     _check(args)
     preset = PRESETS[args.preset]

@@ -2,7 +2,7 @@
 
 data.py holds the images, augment.py turns them into epochs, engine.py trains a model on these (with coupled.py, where
 the training step is a CUDA graph), store.py keeps what has been done, presets.py names the studies worth running,
-runner.py runs them, cluster.py as tasks of Ray, and progress.py shows how far they are; machine.py tells where they
-ran. sections.py reads what can be compared, statistics.py compares, and report.py puts it in tables (tables.py) and
-figures (figures.py), beside controls (controls.py) and what the original experiment published (original.py).
+runner.py runs them, cluster.py as tasks of Ray, and progress.py shows how far they are. sections.py reads what can be
+compared, statistics.py compares, and report.py puts it in tables (tables.py) and figures (figures.py), beside controls
+(controls.py) and what the original experiment published (original.py).
 """

@@ -16,8 +16,8 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import AutoAugment, AutoAugmentPolicy
 
+from ..machine import free_memory, shared_memory
 from .data import Images
-from .machine import free_memory, shared_memory
 
 __all__ = ['AUGMENTATIONS', 'augment', 'epoch_seed', 'make_epochs', 'room_for_epochs']
 

@@ -22,10 +22,11 @@ from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Set,
 import torch
 
 from .. import __version__
-from .data import Images, StudyData
 from ..errors import UserError, missing_extra, one_line
+from ..machine import resolve_device
+from .data import Images, StudyData
 from .progress import Progress
-from .runner import TIME_LIMIT, Session, Setting, left_to_others, resolve_device, warn_of_other_places
+from .runner import TIME_LIMIT, Session, Setting, left_to_others, warn_of_other_places
 from .store import Run, Store
 
 __all__ = ['Cluster']
@@ -152,8 +153,8 @@ class ClusterSession:
         self.needs = {'CPU': cpus, 'GPU': share if device == 'cuda' else 0.}
         if not self._room():
             raise UserError(
-                f'no machine of the Ray cluster has {self._needs_in_words()} for a run; add one that has, or ask for less with '
-                f'--cpus-per-run, --gpus-per-run or --device cpu.')
+                f'no machine of the Ray cluster has {self._needs_in_words()} for a run; add one that has, or ask '
+                f'for less with --cpus-per-run, --gpus-per-run or --device cpu.')
         self.place = dict(
             device=device, threads=max(1, int(cpus)), workers=max(0, int(cpus) - 1) if workers is None else workers)
         # Ray itself would begin a lost task anew, we go on from its last checkpoint

@@ -212,9 +212,9 @@ class Trainer:
     def attention_statistics(self, num_images: int = 512) -> Dict[str, Dict[str, List[float]]]:
         """What the model's attention weights are like: `entropy`, see `row_entropy`, and `common`, see `common_part`.
 
-        The model runs eagerly, in evaluation mode and in float32, without random numbers, in batches of the size that it
-        trained with: SOT with `tol` depends on the batch. In bfloat16 the weights would be rounded, and what queries of
-        nearly uniform weights have in common would be the rounding.
+        The model runs eagerly, in evaluation mode and in float32, without random numbers, in batches of the size that
+        it trained with: SOT with `tol` depends on the batch. In bfloat16 the weights would be rounded, and what queries
+        of nearly uniform weights have in common would be the rounding.
 
         Args:
             num_images: Number of test images, spread evenly over them.
@@ -236,7 +236,9 @@ class Trainer:
                 statistics = attention_statistics(
                     self.model, self.normalize(self.test.images[index]), [row_entropy, common_part])
                 for name, (entropy, common) in statistics.items():  # (B, H, N), (B, H)
-                    sums[name] = sums.get(name, 0) + torch.stack([entropy.mean(dim=2), common]).sum(dim=1)
+                    # of the batch, which some models make more of, as they fold patches into it (MobileViT)
+                    mean = torch.stack([entropy.mean(dim=2), common]).mean(dim=1)
+                    sums[name] = sums.get(name, 0) + mean * len(index)
             return {
                 key: {name: [round(value, 9) for value in (values[i] / count).tolist()]
                       for name, values in sums.items()}
@@ -275,13 +277,13 @@ class Trainer:
         """Make CUDA graphs of the steps; where that fails, warn and leave them eager."""
         index = torch.cuda.current_device() if self.device.index is None else self.device.index
         default = torch.cuda.default_generators[index]
-        original = default.graphsafe_get_state()
+        original, current = default.graphsafe_get_state(), torch.cuda.current_stream()
         self.stream = torch.cuda.Stream(self.device)
         self.generator = default.clone_state()
         before = [tensor.clone() for tensor in self.model.state_dict().values()]
         try:
             default.graphsafe_set_state(self.generator)
-            self.stream.wait_stream(torch.cuda.current_stream())
+            self.stream.wait_stream(current)
             pool = torch.cuda.graph_pool_handle()
             for training, sizes in ((True, self.train_sizes), (False, self.test_sizes)):
                 self.model.train(training)
@@ -305,6 +307,7 @@ class Trainer:
             warnings.warn(f'no CUDA graphs, training eagerly: {type(e).__name__}: {e}', RuntimeWarning)
             self.steps, self.stream, self.generator = {}, None, None
         finally:
+            torch.cuda.set_stream(current)  # a capture that fails may leave its own
             default.graphsafe_set_state(original)
         torch.cuda.synchronize()
         self.optimizer.zero_grad()

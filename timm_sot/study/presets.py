@@ -2,7 +2,7 @@
 from dataclasses import dataclass
 from typing import Any, Dict, NamedTuple, Sequence, Tuple
 
-__all__ = ['ORIGINAL', 'PRESETS', 'Preset', 'Study']
+__all__ = ['ORIGINAL', 'PRESETS', 'Study']
 
 Row = Tuple[str, Dict[str, Any]]  # model and its arguments
 

@@ -1,7 +1,6 @@
 """ The runs of a study, those of one seed side by side """
 import contextlib
 import math
-import os
 import time
 import traceback
 import warnings
@@ -16,12 +15,12 @@ from timm.layers import to_2tuple
 from torch import nn
 from tqdm import tqdm
 
+from ..errors import UserError, first_line, one_line, unknown_model
+from ..machine import about, available_cores, joined, keep_memory
 from .augment import make_epochs, room_for_epochs
 from .coupled import capturable
 from .data import Images, StudyData, fingerprint_of, load_data, subset
 from .engine import Recipe, Trainer, set_precision, train_epoch
-from ..errors import UserError, first_line, one_line, unknown_model
-from .machine import about, available_cores, joined, keep_memory
 from .presets import Row, Study
 from .progress import Progress
 from .store import Run, Store, row_name
@@ -30,7 +29,7 @@ if TYPE_CHECKING:
     from .cluster import Cluster
 
 __all__ = [
-    'RunsFailed', 'Session', 'Setting', 'build_model', 'common_size', 'format_results', 'resolve_device', 'run_study']
+    'RunsFailed', 'Session', 'Setting', 'build_model', 'common_size', 'format_results', 'run_study']
 
 TIME_LIMIT = 'time limit: stopped after a finished epoch, the same command continues'
 
@@ -41,17 +40,6 @@ class RunsFailed(UserError):
     def __init__(self, message: str, results: Sequence[Dict[str, Any]]):
         super().__init__(message)
         self.results = results
-
-
-def resolve_device(name: str = '') -> torch.device:
-    """The device called `name`, by default a GPU if there is one."""
-    try:
-        device = torch.device(name or ('cuda' if torch.cuda.is_available() else 'cpu'))
-        torch.zeros(1, device=device).item()  # of meta there is none
-    except (RuntimeError, AssertionError) as e:  # unknown to torch, or absent
-        # the first sentence: torch goes on with a list of all that it might have been built for
-        raise UserError(f'device {name!r} cannot be used: {first_line(e).partition(". ")[0]}') from e
-    return device
 
 
 def common_size(rows: Sequence[Row]) -> Tuple[int, int]:
@@ -106,12 +94,20 @@ def check_row(row: Row, data: StudyData) -> None:
 
 
 def initial_state(row: Row, first: Row, num_classes: int, seed: int) -> Dict[str, torch.Tensor]:
-    """Initial values of a model, those of `first` in all parameters that they share by name and shape."""
-    state = build_model(row, num_classes, seed).state_dict()
+    """Initial values of a model, those of `first` in all parameters that both draw at random, by name and shape.
+
+    What is not drawn is what its arguments say, like the regularization that `sot_shares` begins with.
+    """
+    def drawn(row):
+        """State of a model, and the names of what is another with another seed."""
+        state, other = (build_model(row, num_classes, s).state_dict() for s in (seed, seed + 1))
+        return state, {name for name, value in state.items() if not torch.equal(value, other[name])}
+
+    state, names = drawn(row)
     if row != first:
-        for name, value in build_model(first, num_classes, seed).state_dict().items():
-            if name in state and state[name].shape == value.shape:
-                state[name] = value
+        given, given_names = drawn(first)
+        state.update(
+            (name, given[name]) for name in names & given_names if given[name].shape == state[name].shape)
     return state
 
 
@@ -134,7 +130,7 @@ def run_study(
     Args:
         study: What to train on what.
         recipe: How to train.
-        device: Where to train; of no account with `cluster`, which says it itself.
+        device: Where to train; ignored with `cluster`, which says it itself.
         out: Folder to keep results and checkpoints in and to continue from, '' for none.
         parallel: Runs of one seed that are taken and advance together, on a GPU at once; with `cluster` runs that share
             a GPU.
@@ -241,7 +237,8 @@ class Session:
         self.about = about(device, setting.recipe.precision)
         self.epoch = Images(*(torch.zeros_like(tensor, device=device) for tensor in setting.data.train))
         self.test = setting.data.test.to(device)
-        self.trainers: Dict[str, Trainer] = {}
+        self.captures = setting.graphs and device.type == 'cuda'
+        self.trainers: Dict[str, Trainer] = {}  # for a model's next seed, where its captured steps are worth keeping
         self.kept: Tuple[int, Dict[int, Images]] = (0, {})  # a seed and the epochs of it that are in memory
         self.duration = float('-inf')  # of an epoch of one run
         self.stack = contextlib.ExitStack()
@@ -263,7 +260,8 @@ class Session:
         """Run those of `runs` that no other process has, until the deadline.
 
         They are taken seed by seed, at most `parallel` at once, which advance side by side. What another process has
-        taken and not finished when it ends is taken, too. Where one of several fails they go on one after another.
+        taken and not finished when it ends is taken, too. Where a run fails and models of others are held beside its
+        own, they go on one after another, each held alone.
 
         Returns:
             A line for each run that failed.
@@ -285,7 +283,7 @@ class Session:
                     return failed
                 if self._is_late(len(group)):
                     return failed
-                rows = {run.row for run in (group if careful else runs)}
+                rows = {run.row for run in (runs if self.captures and not careful else group)}
                 self.trainers = {row: trainer for row, trainer in self.trainers.items() if row in rows}
                 checkpoints = [self.store.load(run, self.setting.fingerprint) for run in group]
                 more = any(run.seed == group[0].seed and run not in group for run in runs)
@@ -295,15 +293,16 @@ class Session:
                 except UserError:
                     raise
                 except Exception as e:
-                    if 'DataLoader worker' in str(e):
+                    if 'DataLoader worker (pid' in str(e):  # of an error in one it says 'process'
                         raise UserError(
                             f'a process that makes the images of the epochs has died, perhaps for want of memory: '
                             f'{first_line(e)} The same command continues after the last finished epoch; with fewer '
                             f'--workers it needs less memory, with 0 no process.') from e
+                    alone = len(group) == 1 and {*self.trainers} <= {group[0].row}
                     self.trainers.clear()  # which may have been too many for the memory
                     for run in group:
                         self.progress.leave(run)
-                    if len(group) > 1:
+                    if not alone:
                         parallel, careful = 1, True
                         self.progress.write(f'{one_line(e)}; goes on with one run at a time')
                         continue
@@ -437,14 +436,15 @@ def warn_of_other_places(results: Iterable[Dict[str, Any]], about: Dict[str, Any
                       f'does not compare them, and a run that is finished is not run again; choose another folder to '
                       f'have all rows on one device.')
     for package, version in about['versions'].items():
-        others = sorted({result['versions'].get(package, 'not recorded') for result in results} - {version})
+        # older lines do not have them all
+        others = sorted({result['versions'].get(package, version) for result in results} - {version})
         if others and package != 'python':
             warnings.warn(f'there are runs of {package} {" and ".join(others)}, those to come are of {version}: the '
                           f'report compares them and lists the versions.')
 
 
 def format_results(results: Sequence[Dict[str, Any]]) -> str:
-    """The results as a table, a line for each row and device, with what they were got on under it."""
+    """The results as a table, a line for each row and device, with the images and devices under it."""
     devices = sorted({result['device'] for result in results})
     rows: Dict[str, List[Dict[str, Any]]] = {}
     for result in results:

@@ -168,7 +168,7 @@ class Store:
             path = self._path('checkpoints', run.name + '.pt')
             with self._writing():
                 torch.save(checkpoint, path + '.tmp')
-                os.replace(path + '.tmp', path)
+                replace_durably(path + '.tmp', path)
 
     def load(self, run: Run, fingerprint: str) -> Optional[Dict[str, Any]]:
         """The state of a run on the images of that fingerprint after its last finished epoch, None without one."""
@@ -187,13 +187,13 @@ class Store:
         """Keep weights and result of a finished run."""
         if self.folder:
             path = self._path('checkpoints', run.name)
+            # copies, as safetensors takes no tensors that share memory, which those of some models do
+            weights = {name: tensor.to('cpu', copy=True).contiguous() for name, tensor in weights.items()}
             with self._writing():
-                # copies, as safetensors takes no tensors that share memory, which those of some models do
-                save_file({name: tensor.clone(memory_format=torch.contiguous_format)
-                           for name, tensor in weights.items()}, path + '.tmp')
+                save_file(weights, path + '.tmp')
                 with contextlib.suppress(FileNotFoundError):  # safetensors lets nobody else read it
                     shutil.copymode(self._path('study.json'), path + '.tmp')
-                os.replace(path + '.tmp', path + '.safetensors')
+                replace_durably(path + '.tmp', path + '.safetensors')
         self.append(result)
         if self.folder:
             for name in (path + '.pt', path + '.lock'):  # who waits for the lock looks for the result once it has it
@@ -365,6 +365,11 @@ def write_file(path: str, content: Union[str, bytes]) -> None:
     """Write a file, text as UTF-8, that is there whole or not at all."""
     with open(path + '.tmp', 'wb') as f:
         f.write(content.encode() if isinstance(content, str) else content)
-        f.flush()
+    replace_durably(path + '.tmp', path)
+
+
+def replace_durably(source: str, target: str) -> None:
+    """As os.replace, once what is in the file would outlast a loss of power."""
+    with open(source, 'rb+') as f:
         os.fsync(f.fileno())
-    os.replace(path + '.tmp', path)
+    os.replace(source, target)

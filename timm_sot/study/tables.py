@@ -1,11 +1,11 @@
 """ The tables of a report, in Markdown """
 import re
 from statistics import fmean
-from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple
+from typing import Callable, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
 from .controls import control_of
 from .original import ROWS
-from .presets import PRESETS, Row
+from .presets import PRESETS
 from .sections import Section
 from .statistics import Difference, Summary, decide, holm, paired, summarize
 from .store import row_name

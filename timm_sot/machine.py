@@ -1,5 +1,6 @@
-""" The machine: what numbers were got on (device, processor, versions, commit), and its memory """
+""" The machine: devices, processors, memory, and what stands beside a number (versions, commit) """
 import ctypes
+import importlib.metadata
 import math
 import os
 import platform
@@ -13,11 +14,23 @@ from typing import Any, Dict, Sequence
 import timm
 import torch
 
-from .. import __version__
+from . import __version__
+from .errors import UserError, first_line
 
 __all__ = [
     'about', 'available_cores', 'commit', 'device_name', 'free_memory', 'joined', 'keep_memory', 'processor_name',
-    'shared_memory', 'versions']
+    'resolve_device', 'shared_memory', 'versions']
+
+
+def resolve_device(name: str = '') -> torch.device:
+    """The device called `name`, by default a GPU if there is one."""
+    try:
+        device = torch.device(name or ('cuda' if torch.cuda.is_available() else 'cpu'))
+        torch.zeros(1, device=device).item()  # of meta there is none
+    except (RuntimeError, AssertionError) as e:  # unknown to torch, or absent
+        # the first sentence: torch goes on with a list of all that it might have been built for
+        raise UserError(f'device {name!r} cannot be used: {first_line(e).partition(". ")[0]}') from e
+    return device
 
 
 def about(device: torch.device, precision: str) -> Dict[str, Any]:
@@ -60,18 +73,27 @@ def processor_name() -> str:
         return platform.processor() or platform.machine()
 
 
-def versions() -> Dict[str, str]:
-    """Versions of what the numbers depend on."""
-    return {
+def versions(*others: str) -> Dict[str, str]:
+    """Versions of what the numbers depend on, 'none' for what is not installed.
+
+    On torchvision and Pillow depend the augmentations, on numba the masks of dropout.
+    """
+    found = {
         'python': platform.python_version(), 'torch': str(torch.__version__), 'timm': timm.__version__,
         'timm_sot': __version__}
+    for package in ('torchvision', 'pillow', 'numba', 'triton', *others):
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = 'none'
+    return found
 
 
 def commit() -> str:
     """Commit of the source tree this runs from, with a + where it has changes; empty for an installed package."""
     git = ['git', '-C', os.path.dirname(os.path.abspath(__file__))]
     try:
-        subprocess.run([*git, 'ls-files', '--error-unmatch', '../__init__.py'], capture_output=True, check=True)
+        subprocess.run([*git, 'ls-files', '--error-unmatch', '__init__.py'], capture_output=True, check=True)
         described = subprocess.run(
             [*git, 'describe', '--always', '--dirty=+', '--abbrev=12', '--exclude=*'],
             capture_output=True, text=True, check=True)
@@ -83,9 +105,13 @@ def commit() -> str:
 def available_cores() -> int:
     """Number of cores that this process may run on."""
     try:
-        return len(os.sched_getaffinity(0))
+        cores = len(os.sched_getaffinity(0))
     except AttributeError:  # of Linux alone
-        return os.cpu_count() or 1
+        cores = os.cpu_count() or 1
+    with suppress(OSError, ValueError):  # a container may have the time of fewer
+        quota, period = map(int, Path('/sys/fs/cgroup/cpu.max').read_text().split())
+        cores = min(cores, max(1, math.ceil(quota / period)))
+    return cores
 
 
 def free_memory() -> float:

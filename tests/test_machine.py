@@ -1,19 +1,24 @@
-""" What the lines of runs say of where they ran, and the memory that is left """
+""" Devices, processors and memory, and what the lines of runs say of where they ran """
 import builtins
 import io
 import os
 import platform
 import subprocess
 import sys
+from importlib import metadata
 from types import SimpleNamespace
 
+import numba
+import PIL
 import pytest
 import timm
 import torch
+import triton
 
 import timm_sot
-from timm_sot.study import machine
-from timm_sot.study.machine import about, commit, device_name, joined, processor_name, versions
+from timm_sot import machine
+from timm_sot.errors import UserError
+from timm_sot.machine import about, commit, device_name, joined, processor_name, versions
 
 
 def test_about_on_a_cpu():
@@ -21,9 +26,16 @@ def test_about_on_a_cpu():
     assert found['device'] == f'cpu ({torch.get_num_threads()} threads), bfloat16'
     assert found['processor'] == processor_name() != ''
     assert found['versions'] == versions() and found['commit'] == commit()
-    assert versions() == {
+    assert versions('no-such-package') == {
         'python': platform.python_version(), 'torch': torch.__version__, 'timm': timm.__version__,
-        'timm_sot': timm_sot.__version__}
+        'timm_sot': timm_sot.__version__, 'torchvision': metadata.version('torchvision'), 'pillow': PIL.__version__,
+        'numba': numba.__version__, 'triton': triton.__version__, 'no-such-package': 'none'}
+
+
+@pytest.mark.parametrize('name', ['nonsense', 'cuda:99', 'meta'])
+def test_device_errors(name):
+    with pytest.raises(UserError, match=f'device {name!r} cannot be used'):
+        machine.resolve_device(name)
 
 
 def test_about_elsewhere(monkeypatch):
@@ -65,9 +77,8 @@ def test_commit(tmp_path, monkeypatch):
     def git(*words):
         subprocess.run(['git', '-c', 'user.name=N', '-c', 'user.email=E', '-C', tmp_path, *words], check=True)
 
-    (tmp_path / 'study').mkdir()
     (tmp_path / '__init__.py').write_text('')
-    monkeypatch.setattr(machine, '__file__', str(tmp_path / 'study' / 'machine.py'))
+    monkeypatch.setattr(machine, '__file__', str(tmp_path / 'machine.py'))
     assert commit() == '', 'no repository'
     git('init', '-q')
     assert commit() == '', 'a repository that this is no part of'
@@ -81,11 +92,15 @@ def test_commit(tmp_path, monkeypatch):
 
 def test_available_cores(monkeypatch):
     """Those of a container or of taskset, not of the machine."""
+    quota = 'max 100000\n'
+    monkeypatch.setattr(machine.Path, 'read_text', lambda path: {'/sys/fs/cgroup/cpu.max': quota}[str(path)])
     monkeypatch.setattr(os, 'cpu_count', lambda: 7)
     monkeypatch.setattr(os, 'sched_getaffinity', lambda process: {3, 5}, raising=False)
     assert machine.available_cores() == 2
     monkeypatch.delattr(os, 'sched_getaffinity')
     assert machine.available_cores() == 7
+    for quota, cores in (('250000 100000\n', 3), ('10000 100000\n', 1), ('900000 100000\n', 7)):
+        assert machine.available_cores() == cores
 
 
 @pytest.mark.parametrize('files, gigabytes', [
@@ -115,7 +130,7 @@ def test_free_memory(monkeypatch, files, gigabytes):
 LEFT_AFTER_A_STEP = """
 from pathlib import Path
 import torch
-from timm_sot.study.machine import keep_memory
+from timm_sot.machine import keep_memory
 
 def pages():
     return int(Path('/proc/self/statm').read_text().split()[1])
