@@ -108,9 +108,12 @@ def expected(q, k, v, grad, variant='sot_qk', reg=0.1, iters=10, factor=1., dist
     return out.detach(), *torch.autograd.grad(out, leaves, grad.cpu().double(), allow_unused=True)
 
 
-def assert_close(actual, wanted, dtype=torch.float32, slack=1., floor=1e-6):
-    """Errors in the norm; `floor` is for gradients that are 0 in exact arithmetic."""
-    for name, x, y, bar in zip(('out', 'dq', 'dk', 'dv'), actual, wanted, (BARS[dtype][0], *[BARS[dtype][1]] * 3)):
+def assert_close(actual, wanted, dtype=torch.float32, slack=1., floor=1e-6, points_floor=None):
+    """Errors in the norm; `floor` is for gradients that are 0 in exact arithmetic, of q and k `points_floor`."""
+    points_floor = floor if points_floor is None else points_floor
+    floors = floor, points_floor, points_floor, floor
+    bars = BARS[dtype][0], *[BARS[dtype][1]] * 3
+    for name, x, y, bar, floor in zip(('out', 'dq', 'dk', 'dv'), actual, wanted, bars, floors):
         if y is None:  # not used
             assert not x.any()
             continue

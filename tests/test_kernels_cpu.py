@@ -341,12 +341,19 @@ def test_repeats_and_threads_change_nothing(monkeypatch, variant):
         torch.set_num_threads(before)
 
 
-def test_many_threads_of_python_at_once():
+@pytest.mark.parametrize('least_work', [1, threads.LEAST_WORK])  # with threads of their own, and without
+def test_many_threads_of_python_at_once(monkeypatch, least_work):
+    monkeypatch.setattr(threads, 'LEAST_WORK', least_work)
     tensors = make_inputs(4, 2, 33, 16)
     once = run('cpu', *tensors)
-    with ThreadPoolExecutor(8) as pool:
-        for actual in pool.map(lambda _: run('cpu', *tensors), range(32)):
-            assert all(map(torch.equal, actual, once))
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(4)
+        with ThreadPoolExecutor(8) as pool:
+            for actual in pool.map(lambda _: run('cpu', *tensors), range(32)):
+                assert all(map(torch.equal, actual, once))
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_problems_are_independent():
@@ -462,7 +469,9 @@ def test_anything(variant, B, H, N, D, dtype, reg, iters, scale, distance, p, eq
         if y is not None and y.isfinite().all() and y.abs().max() < torch.finfo(dtype).max:
             assert x.isfinite().all()
     if p == 0.:
-        assert_close(actual[:1], wanted[:1], dtype, slack=10. / min(1., reg / 0.05))
+        # a small regularization magnifies what float32 rounds, not what comes of rounding the output
+        difference = (actual[0].double() - wanted[0]).norm()
+        assert difference <= (10. * BARS[dtype][0] + 1e-5 / min(1., reg / 0.05)) * wanted[0].norm() + 1e-6
 
 
 @pytest.mark.parametrize('method', ['load', 'save'])
@@ -484,3 +493,23 @@ def test_a_cache_that_fails_is_done_without(tmp_path, monkeypatch, method):
 
     monkeypatch.setattr(twice._cache._cache_file, method, fail)
     assert twice(3) == 6 and twice(1.5) == 3. and len(asked) == 1, 'nor is it asked again'
+
+
+@pytest.mark.parametrize('damaged', ['*.nbi', '*.nbc'])
+def test_a_damaged_cache_is_put_right(tmp_path, monkeypatch, damaged):
+    import numba
+
+    from timm_sot.kernels import cpu_loops
+    monkeypatch.setattr(numba.core.config, 'CACHE_DIR', str(tmp_path))
+
+    def twice():
+        @cpu_loops._kept()
+        def twice(x):
+            return 2 * x
+        assert twice(3) == 6
+        return sum(twice.stats.cache_hits.values())
+
+    assert (twice(), twice()) == (0, 1)
+    file, = tmp_path.rglob(damaged)
+    file.write_bytes(file.read_bytes()[:20])
+    assert (twice(), twice()) == (0, 1)

@@ -21,19 +21,19 @@ LAYOUTS = {
 
 TOKENS = st.one_of(st.integers(1, 40), st.sampled_from([49, 64, 65, 100, 128, 129, 160, 197, 256]))
 MOST_TOKENS = {'onchip': 128, 'streamed': 150}  # what it is for, and what is interpreted in seconds
+DTYPES = ['float32', 'float16', 'bfloat16']
 # a GPU's kernels are compiled for nearly each example
 SETTINGS = settings(
-    max_examples=12 if HAS_CUDA else 30, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+    max_examples=4 if HAS_CUDA else 10, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 
 
 @pytest.mark.slow
-@example('sot_qk', 3, 64, 32, 'float32', 'fused projection', 0.1, 1., 3, 'euclidean', False)
+@example('sot_qk', 3, 64, 32, 'fused projection', 0.1, 1., 3, 'euclidean', False)
 @given(
     variant=st.sampled_from(VARIANTS),
     seed=st.integers(0, 2 ** 20),
     N=TOKENS,
     D=st.sampled_from([4, 16, 24, 32, 64]),
-    dtype=st.sampled_from(['float32', 'float16', 'bfloat16']),
     layout=st.sampled_from(sorted(LAYOUTS)),
     reg=st.floats(math.log(0.005), math.log(10.)).map(math.exp),
     scale=st.sampled_from([1e-4, 1e-2, 1., 1e2, 1e4]),
@@ -42,8 +42,9 @@ SETTINGS = settings(
     degenerate_rows=st.booleans(),
 )
 @SETTINGS
+@pytest.mark.parametrize('dtype', DTYPES)
 @pytest.mark.parametrize('path', PATHS)
-def test_never_nan(path, variant, seed, N, D, dtype, layout, reg, scale, iters, distance, degenerate_rows):
+def test_never_nan(path, dtype, variant, seed, N, D, layout, reg, scale, iters, distance, degenerate_rows):
     N = D if variant == 'sot_qkt' else min(N, MOST_TOKENS.get(path, N))
     dtype, device = getattr(torch, dtype), device_of(path)
     if path == 'strips' and dtype == torch.float32:  # which a GPU has no memory for
@@ -63,7 +64,8 @@ def test_never_nan(path, variant, seed, N, D, dtype, layout, reg, scale, iters, 
         assert x.isfinite().all(), name
     if dtype == torch.float32 and not degenerate_rows and reg >= 0.05:
         wanted = expected(*tensors, variant, reg, iters, distance=distance)
-        assert_close(actual, wanted, slack=10., floor=1e-5 / min(scale, 1.))  # gradients grow as the inputs shrink
+        # gradients of points grow as these shrink
+        assert_close(actual, wanted, slack=10., floor=1e-5, points_floor=1e-5 / min(scale, 1.))
 
 
 @pytest.mark.slow
@@ -71,7 +73,6 @@ def test_never_nan(path, variant, seed, N, D, dtype, layout, reg, scale, iters, 
     seed=st.integers(0, 2 ** 20),
     N=TOKENS,
     D=st.sampled_from([4, 16, 24, 64]),
-    dtype=st.sampled_from(['float32', 'float16', 'bfloat16']),
     layout=st.sampled_from(sorted(LAYOUTS)),
     reg=st.floats(math.log(MIN_REG), math.log(10.)).map(math.exp),
     share=st.sampled_from([0., 0.3, 30., 3000.]),
@@ -80,8 +81,9 @@ def test_never_nan(path, variant, seed, N, D, dtype, layout, reg, scale, iters, 
     degenerate_rows=st.booleans(),
 )
 @SETTINGS
+@pytest.mark.parametrize('dtype', DTYPES)
 @pytest.mark.parametrize('path', SHARES_PATHS)
-def test_shares_never_nan(path, seed, N, D, dtype, layout, reg, share, scale, iters, degenerate_rows):
+def test_shares_never_nan(path, dtype, seed, N, D, layout, reg, share, scale, iters, degenerate_rows):
     dtype, N = getattr(torch, dtype), min(N, MOST_TOKENS.get(path, N))
     q, k, v, *learned, grad = shares.inputs(
         path, 2, 1, N, D, dtype, reg=reg, share=share / scale if share < 1. else share, scale=scale, seed=seed)

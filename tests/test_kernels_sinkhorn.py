@@ -135,7 +135,7 @@ def test_the_form_is_chosen_by_the_promise(monkeypatch):
     from timm_sot import solver
     forms = []
     monkeypatch.setattr(
-        solver.kernel, 'sinkhorn', lambda x, iters, row_mass, scaling: forms.append(scaling) or x)
+        solver.kernels, 'sinkhorn', lambda x, iters, row_mass, scaling: forms.append(scaling) or x)
     log_kernel = make_log_kernel(4, 4, dtype=torch.float32)
     solve(log_kernel, 3, None, None, 10.)
     solve(log_kernel, 3, None, None, 30.)

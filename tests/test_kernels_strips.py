@@ -5,7 +5,6 @@ import torch
 from kernels import BARS, SLOW, VARIANTS, assert_close, degenerate, dropout_factor, expected, make_inputs, run, settings
 
 pytest.importorskip('triton')
-from reference import error
 from timm_sot.kernels import strips
 
 pytestmark = SLOW

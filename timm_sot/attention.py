@@ -199,16 +199,15 @@ def shares_attention(
         q: Queries.
         k: Keys.
         v: Values.
-        log_reg: As `shares_attention_weights`, and so are the next two.
-        share: See there.
-        iters: See there.
+        log_reg, share, iters: As `shares_attention_weights`.
         dropout_p: Dropout probability of the weights.
     """
     if not torch.jit.is_scripting():
         path = attention_path(q, k, v, strips=False)
         if path != 'eager':
             return _fused_shares_attention(q, k, v, log_reg, share, iters, dropout_p, path)
-    return F.dropout(shares_attention_weights(q, k, log_reg, share, iters), dropout_p) @ v
+    attn = shares_attention_weights(q, k, log_reg, share, iters)
+    return F.dropout(attn, dropout_p, training=dropout_p > 0.) @ v  # a graph of it shall not hold one that trains
 
 
 def _fused_shares_attention(
@@ -279,12 +278,7 @@ def sot_attention(
         q: Queries.
         k: Keys.
         v: Values.
-        operands: As `sot_attention_weights`, and so are the next five.
-        softmax: See there.
-        distance: See there.
-        reg: See there.
-        iters: See there.
-        tol: See there.
+        operands, softmax, distance, reg, iters, tol: As `sot_attention_weights`.
         dropout_p: Dropout probability of the weights.
     """
     if not torch.jit.is_scripting():
@@ -294,7 +288,7 @@ def sot_attention(
             return fused_sot_attention(
                 q, k, v, operands, softmax, reg, iters, q.shape[-1] ** -0.5, dropout_p, distance, path, tol)
     attn = sot_attention_weights(q, k, operands, softmax, distance, reg, iters, tol)
-    return F.dropout(attn, dropout_p) @ v
+    return F.dropout(attn, dropout_p, training=dropout_p > 0.) @ v  # a graph of it shall not hold one that trains
 
 
 class SOTAttention(Attention):
@@ -375,11 +369,7 @@ class SOTAttention(Attention):
         model does not know of it, see :func:`timm_sot.apply_sot`.
 
         Args:
-            variant: As in the constructor, and so are the others; what is not given gets its default.
-            reg: See there.
-            iters: See there.
-            tol: See there.
-            distance: See there.
+            variant, reg, iters, tol, distance: As in the constructor; what is not given gets its default.
 
         Raises:
             ValueError: If an argument is out of its range; the layer is then unchanged.

@@ -11,7 +11,7 @@ from typing import Any, Optional, Tuple
 import torch
 from torch.autograd import forward_ad
 
-from .kernels import sinkhorn as kernel
+from .kernels import sinkhorn as kernels
 from .kernels.sinkhorn import sum_columns, sum_rows
 
 __all__ = ['sinkhorn']
@@ -128,7 +128,7 @@ def solve(
                 u, v, iters = iterate_step_by_step(log_kernel, iters, tol, row_mass)
             if not (torch.is_grad_enabled() and log_kernel.requires_grad):
                 return log_kernel + u + v
-        return kernel.sinkhorn(log_kernel, iters, row_mass, kernel.scaling_is_safe(spread, log_kernel.dtype))
+        return kernels.sinkhorn(log_kernel, iters, row_mass, kernels.scaling_is_safe(spread, log_kernel.dtype))
 
 
 def solve_step_by_step(

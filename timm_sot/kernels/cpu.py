@@ -158,13 +158,8 @@ def count_iterations(
     counts, which stops.
 
     Args:
-        q: As `sot_attention_forward`, and so are the others but `tol`.
-        k: See there.
-        operands: See there.
-        reg: See there.
-        iters: See there.
+        q, k, operands, reg, iters, distance: As `sot_attention_forward`.
         tol: Bound of the mean over all problems of sum_i |u_i - previous u_i|, in units of the cost.
-        distance: See there.
     """
     B, H, N, _ = q.shape
     most = min(iters, MAX_KEPT_ITERS)

@@ -10,6 +10,7 @@ is. Queries, keys, values, outputs and their gradients are float32, or bfloat16 
 points, `R` and `W` are N and the width padded; a log-kernel is N x M, padded to R x W.
 """
 import math
+import os
 
 import llvmlite.binding
 import numba
@@ -75,14 +76,18 @@ def _kept(**kwargs):
 def _pass_over_failures(cache):
     """Have numba compile anew where its files cannot be read, and go on where they cannot be written.
 
-    It raises what it meets: a full disk, a file that is empty after a crash, or another user's.
+    It raises what it meets: a full disk, a file that is empty after a crash, or another user's. Without the index,
+    which may also name a file that was not replaced any more, the next save puts right what is there.
     """
     def passed_over(method):
         def attempt(*args, **kwargs):
             try:
                 return method(*args, **kwargs)
             except Exception:
-                cache.disable()
+                try:
+                    os.remove(cache._cache_file._index_path)
+                except Exception:
+                    cache.disable()
                 return None
         return attempt
 

@@ -38,12 +38,15 @@ LOWEST_RANDOM = -2 ** 31  # the random numbers are signed
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 # What rounding leaves of the squared distance of equal rows, as a part of their squared norms: that of the sums, and of
-# float32 in tf32x3 the products of what is below tf32. Rows that differ by less count as equal; a row of such remainders
-# alone would be divided by the largest of them.
+# float32 in tf32x3 the products of what is below tf32. Rows that differ by less count as equal; a row of such
+# remainders alone would be divided by the largest of them.
 NEGLIGIBLE = tl.constexpr(4e-7)
-# Of the cosine also what a GPU's roots and quotients, which are approximate, leave of 1 for equal rows: some 8e-7 by the
-# errors that PTX states for them.
+# Of the cosine also what a GPU's roots and quotients, which are approximate, leave of 1 for equal rows: some 8e-7 by
+# the errors that PTX states for them.
 NEGLIGIBLE_COSINE = tl.constexpr(1.2e-6)
+# For each channel, what tensor cores cut off a product, where sums round: some 8e-7 for 128 of them, by what is known
+# of their accumulators. It is not between squares that come from the same product.
+CUT_OFF = tl.constexpr(1e-8)
 
 
 @triton.jit
@@ -89,6 +92,7 @@ def _costs(
     i = tl.arange(0, BLOCK_N)[:, None]
     j = tl.arange(0, BLOCK_N)[None, :]
     gram = tl.dot(x, tl.trans(y), input_precision=PRECISION)
+    cut_off: tl.constexpr = 0. if SELF else CUT_OFF * x.shape[1]
     if SELF:
         # from the same product, so that equal rows are at distance 0 to the last bit
         squares = tl.where(i == j, gram, 0.)
@@ -99,12 +103,12 @@ def _costs(
         yy = tl.sum(y.to(tl.float32) * y.to(tl.float32), 1)
     if COSINE:
         costs = 1. - gram * _inverse(tl.sqrt(xx))[:, None] * _inverse(tl.sqrt(yy))[None, :]
-        costs = tl.where(costs < NEGLIGIBLE_COSINE, 0., costs)
+        costs = tl.where(costs < NEGLIGIBLE_COSINE + cut_off, 0., costs)
     else:
         norms = xx[:, None] + yy[None, :]
         squares = norms - 2. * gram
         if not SELF:
-            squares = tl.where(squares < norms * NEGLIGIBLE, 0., squares)
+            squares = tl.where(squares < norms * (NEGLIGIBLE + cut_off), 0., squares)
         costs = tl.sqrt(_not_negative(squares))
     if not EVEN:
         costs = tl.where((i < N) & (j < N), costs, 0.)
@@ -184,6 +188,12 @@ def _weights(scaled, N, scale, SOFTMAX: tl.constexpr, EVEN: tl.constexpr, BLOCK_
 @triton.jit
 def _signed(x):
     return x.to(tl.int32, bitcast=True)
+
+
+@triton.jit
+def _truncated(x):
+    """float32 without the bits that tf32 has not: what sums take is then what the tensor cores multiply."""
+    return (x.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -406,7 +416,7 @@ def _backward_kernel(
         # 1 / distance leaves the range of float16: tensor cores in tf32, which holds float16 exactly
         x = x.to(tl.float32)
         y = y.to(tl.float32)
-        grad = (grad.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
+        grad = _truncated(grad)
         rounded = grad
     else:
         rounded = grad.to(x.dtype)

@@ -20,6 +20,7 @@ from .onchip import (
     _reciprocal,
     _store,
     _tiles,
+    _truncated,
     empty_saved,
 )
 from .operands import dropout_numbers, empty_heads, unit_stride
@@ -200,7 +201,7 @@ def _backward_kernel(
         # 1 / length leaves the range of float16: tensor cores in tf32, which holds float16 exactly
         x = x.to(tl.float32)
         y = y.to(tl.float32)
-        rounded = (grad.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
+        rounded = _truncated(grad)
     else:
         rounded = grad.to(x.dtype)
     # of the rounded entries: what is subtracted below cancels term by term

@@ -18,7 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .onchip import LOG2_E, LOWEST_RANDOM, NEGLIGIBLE, NEGLIGIBLE_COSINE, _inverse, _signed
+from .onchip import LOG2_E, LOWEST_RANDOM, NEGLIGIBLE, NEGLIGIBLE_COSINE, _inverse, _signed, _truncated
 from .operands import dropout_numbers, empty_gradients, empty_heads, matched_points, unit_stride
 
 __all__ = ['empty_saved', 'sot_attention_forward', 'sot_attention_backward']
@@ -185,9 +185,8 @@ def _row_max_kernel(
             entries = _log_kernel(entries, row_max, i, j, N, reg) + _vector(v_ptr + vectors, j, N)[None, :]
         else:
             entries = tl.where((j < N)[None, :], entries, float('-inf'))
-        tile_largest = tl.max(entries, 1)
-        tile_index = start + tl.argmax(entries, 1)
-        index = tl.where(tile_largest > largest, tile_index, index)
+        tile_largest, tile_index = tl.max(entries, 1, return_indices=True)
+        index = tl.where(tile_largest > largest, start + tile_index, index)
         largest = tl.maximum(largest, tile_largest)
     tl.store(out_ptr + vectors + i, largest, mask=i < N)
     tl.store(index_ptr + vectors + i, index, mask=i < N)
@@ -557,7 +556,7 @@ def _cost_gradient_kernel(
         moving = y if AXIS == 1 else x
         if moving.dtype == tl.float16:
             # 1 / distance leaves the range of float16: tensor cores in tf32, which holds float16 exactly
-            rounded = (grad.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
+            rounded = _truncated(grad)
             moving = moving.to(tl.float32)
         else:
             rounded = grad.to(moving.dtype)
@@ -583,7 +582,7 @@ def _cost_gradient_kernel(
         farthest = _load(y_ptr, index, stride_yn, stride_yd, N, D, BLOCK_D).to(tl.float32)
         if COSINE:
             pull += grad_max * (1. - row_max) * inv_norm * inv_norm
-            farthest_norm = _inverse(tl.sqrt(tl.load(yy_ptr + vectors + index)))
+            farthest_norm = _inverse(tl.sqrt(tl.load(yy_ptr + vectors + index, mask=own < N, other=0.)))
             out -= (grad_max * inv_norm * farthest_norm)[:, None] * farthest
         else:
             out += (grad_max * _inverse(row_max))[:, None] * (fixed - farthest)
@@ -627,6 +626,18 @@ def _vectors(q: torch.Tensor, *leading: int, dtype: torch.dtype = torch.float32)
     return q.new_empty(*leading, q.shape[0] * q.shape[1], q.shape[2], dtype=dtype)
 
 
+def tile_options(q: torch.Tensor) -> Dict[str, object]:
+    """Compile-time arguments and launch options that depend on the tensors."""
+    D = q.shape[-1]
+    return dict(
+        PRECISION='tf32x3' if q.dtype == torch.float32 else 'tf32',
+        BLOCK=BLOCK,
+        BLOCK_D=max(16, triton.next_power_of_2(D)),
+        num_warps=4,
+        num_stages=1 if q.dtype == torch.float32 or D > 64 else 3,
+    )
+
+
 def _prepare(q: torch.Tensor, k: torch.Tensor, operands: str, reg: float, distance: str) -> _Problem:
     """Norms and row maxima."""
     B, H, N, D = q.shape
@@ -641,14 +652,7 @@ def _prepare(q: torch.Tensor, k: torch.Tensor, operands: str, reg: float, distan
             y = x
         elif operands == 'qk':
             y = unit_stride(y)
-    options = dict(
-        COSINE=distance == 'cosine',
-        PRECISION='tf32x3' if q.dtype == torch.float32 else 'tf32',
-        BLOCK=BLOCK,
-        BLOCK_D=max(16, triton.next_power_of_2(D)),
-        num_warps=4,
-        num_stages=1 if q.dtype == torch.float32 or D > 64 else 3,
-    )
+    options = dict(COSINE=distance == 'cosine', **tile_options(q))
     grid = (triton.cdiv(N, BLOCK) * B * H,)
     norms = []
     for z in (x,) if operands == 'q' else (x, y):

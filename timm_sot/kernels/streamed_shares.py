@@ -14,9 +14,9 @@ import torch
 import triton
 import triton.language as tl
 
-from .onchip import LOG2_E, LOWEST_RANDOM, _inverse
+from .onchip import LOG2_E, LOWEST_RANDOM, _inverse, _truncated
 from .operands import dropout_numbers, empty_heads, unit_stride
-from .streamed import BLOCK, _dropout_factor, _load, _place, _store, _vector, empty_saved
+from .streamed import BLOCK, _dropout_factor, _load, _place, _store, _vector, empty_saved, tile_options
 
 __all__ = ['empty_saved', 'shares_forward', 'shares_backward']
 
@@ -335,7 +335,7 @@ def _cosine_gradient_kernel(
         moving = y if AXIS == 1 else x
         if moving.dtype == tl.float16:
             # 1 / length leaves the range of float16: tensor cores in tf32, which holds float16 exactly
-            rounded = (grad.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
+            rounded = _truncated(grad)
             moving = moving.to(tl.float32)
         else:
             rounded = grad.to(moving.dtype)
@@ -390,16 +390,9 @@ def _inverse_lengths(x: torch.Tensor) -> torch.Tensor:
 
 def _prepare(q: torch.Tensor, k: torch.Tensor, scale: torch.Tensor) -> _Problem:
     B, H, N, D = q.shape
-    options = dict(
-        PRECISION='tf32x3' if q.dtype == torch.float32 else 'tf32',
-        BLOCK=BLOCK,
-        BLOCK_D=max(16, triton.next_power_of_2(D)),
-        num_warps=4,
-        num_stages=1 if q.dtype == torch.float32 or D > 64 else 3,
-    )
     return _Problem(
         unit_stride(q), unit_stride(k), _inverse_lengths(q), _inverse_lengths(k), scale.contiguous(),
-        (triton.cdiv(N, BLOCK) * B * H,), options)
+        (triton.cdiv(N, BLOCK) * B * H,), tile_options(q))
 
 
 def _normalize(weights: torch.Tensor) -> torch.Tensor:

@@ -3,8 +3,9 @@ matrices in strips of rows
 
 A strip has all columns, so one pass over the strips is one Sinkhorn iteration: the scaling of its rows from that of the
 columns, and at once what these rows add to the sums of the columns. A strip is made anew of queries and keys in every
-pass and never leaves the chip; what goes from pass to pass are vectors. See `onchip` for the formulas, the forms of the
-iterations and the limits of the cosine distance.
+pass and never leaves the chip; what goes from pass to pass are vectors. An entry takes 20 instructions in an iteration
+where those of `streamed` take 55 (Triton 3.8 for Hopper: `python tests/compile_kernels.py iterations`). See `onchip`
+for the formulas, the forms of the iterations and the limits of the cosine distance.
 
 The backward pass is three kernels: one pass for the sums of the gradient of the plan, as many as there were iterations
 for their vectors, from the last to the first, and one for all of the gradient of the distances.
@@ -18,6 +19,7 @@ import triton
 import triton.language as tl
 
 from .onchip import (
+    CUT_OFF,
     LOG2_E,
     LOWEST_RANDOM,
     NEGLIGIBLE,
@@ -28,6 +30,7 @@ from .onchip import (
     _reciprocal,
     _specialize,
     _store,
+    _truncated,
 )
 from .operands import dropout_numbers, empty_gradients, empty_heads, matched_points, unit_stride
 from .streamed import _dropout_factor, _vector, _weights
@@ -81,12 +84,13 @@ def _costs(x, y, norms_y, COSINE: tl.constexpr, PRECISION: tl.constexpr):
     """Distances of the rows of x from all rows of y, something finite in the padding."""
     gram = tl.dot(x, tl.trans(y), input_precision=PRECISION)
     norms_x = _norms(x, COSINE)
+    cut_off: tl.constexpr = CUT_OFF * x.shape[1]
     if COSINE:
         costs = 1. - gram * norms_x[:, None] * norms_y[None, :]
-        return tl.where(costs < NEGLIGIBLE_COSINE, 0., costs)
+        return tl.where(costs < NEGLIGIBLE_COSINE + cut_off, 0., costs)
     else:
         squares = norms_x[:, None] + norms_y[None, :] - 2. * gram
-        bound = 2. * NEGLIGIBLE * norms_x  # rows as close as that are equally long
+        bound = 2. * (NEGLIGIBLE + cut_off) * norms_x  # rows as close as that are equally long
         return tl.sqrt(tl.where(squares < bound[:, None], 0., squares))
 
 
@@ -531,7 +535,7 @@ def _cost_gradient_kernel(
             grad *= tl.where(costs == 0., 0., _reciprocal(costs))
         if x.dtype == tl.float16:
             # 1 / distance leaves the range of float16: tensor cores in tf32, which holds float16 exactly
-            rounded = (grad.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
+            rounded = _truncated(grad)
             near = x.to(tl.float32)
             far = y.to(tl.float32)
         else:

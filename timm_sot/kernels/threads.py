@@ -47,9 +47,11 @@ def _openmp() -> Optional[Tuple[Callable[..., None], Callable[[], None]]]:
     if not torch.backends.openmp.is_available():
         return None
     try:
-        runtime = ctypes.CDLL(torch._C.__file__)  # what torch itself is linked to
+        # in the order in which the linker looked for torch: another runtime may come before all (LD_PRELOAD)
+        libraries = [ctypes.CDLL(None), ctypes.CDLL(torch._C.__file__)]
+        runtime = next(library for library in libraries if hasattr(library, 'GOMP_parallel_start'))
         start, end = runtime.GOMP_parallel_start, runtime.GOMP_parallel_end
-    except (OSError, AttributeError):
+    except (OSError, TypeError, StopIteration, AttributeError):
         return None
     start.argtypes, end.argtypes = [_REGION, ctypes.c_void_p, ctypes.c_uint], []
     start.restype = end.restype = None
