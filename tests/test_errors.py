@@ -1,7 +1,7 @@
-""" Errors that a user can mend """
+""" Errors that the user can fix """
 import pytest
 
-from timm_sot.errors import first_line, one_line, unknown_model
+from timm_sot.errors import first_line, missing_extra, one_line, unknown_model
 
 
 @pytest.mark.parametrize('error, first, one', [
@@ -11,6 +11,16 @@ from timm_sot.errors import first_line, one_line, unknown_model
 ])
 def test_lines(error, first, one):
     assert (first_line(error), one_line(error)) == (first, one)
+
+
+@pytest.mark.parametrize('error, message', [
+    (ModuleNotFoundError("No module named 'scipy._lib'", name='scipy._lib'),
+     "this needs the package scipy; install it with: pip install 'timm-sot[viz]'"),
+    (ImportError('numpy.core.multiarray failed to import'),
+     'a package of timm-sot[viz] does not import, reinstall it: numpy.core.multiarray failed to import'),
+])
+def test_missing_extra(error, message):
+    assert str(missing_extra(error, 'viz')) == message
 
 
 @pytest.mark.parametrize('name, hint', [

@@ -38,8 +38,8 @@ def test_study(tmp_path, digits_dir, capsys):
     assert (card.data.library_name, card.data.pipeline_tag, card.data.license) == (
         'timm', 'image-classification', 'apache-2.0')
     for recorded in ('| Epochs | 3 |', '| Seed | 0 |', 'digits9 400+200 sha256:0123', 'abc123',
-                     'NVIDIA TPU, float32; Brain 1', '31.00 ± 1.00 after the last epoch', 'pip install timm-sot',
-                     'torch 9.9', score.digest,
+                     'NVIDIA TPU, float32; Brain 1', '31.00 ± 1.00 after the last epoch',
+                     'pip install .  # in a clone of timm-sot', 'torch 9.9', score.digest,
                      'timm-sot study --models cct_2 cct_2_sot_qk --model-kwargs sot_reg=0.5 sot_tol=0.1 --seed 0 '
                      '--epochs 3 --batch-size 16 --lr 0.002 --weight-decay 0.03 --augment crop flip --precision'):
         assert recorded in card.text, recorded

@@ -12,7 +12,7 @@ def test_card_of_a_model_of_timm_alone(tmp_path):
     assert 'timm-sot' not in ModelCard.load(tmp_path / 'test_resnet.digits' / 'README.md').data.tags
     assert run(train_py(tmp_path / 'run', 'cct_2')[1], '--out', tmp_path / 'cct_2.digits') == 0
     text = (tmp_path / 'cct_2.digits' / 'README.md').read_text()
-    assert "by timm's train.py. timm-sot adds Self" in text and 'pip install timm-sot' in text
+    assert "by timm's train.py. timm-sot adds Self" in text and 'pip install .  # in a clone of timm-sot' in text
 
 
 @pytest.mark.parametrize('name, data', [

@@ -39,11 +39,17 @@ def test_what_limits_the_numbers_of_a_study(tmp_path):
         assert run(checkpoint, '--out', tmp_path / 'hub' / 'qkt') == 0
         return (tmp_path / 'hub' / 'qkt' / 'README.md').read_text()
 
+    recipe = 'How it was trained is not recorded'
     text = card_of(JPEG)
+    assert recipe not in text
     assert 'were JPEG files' in text and 'the image size cannot be changed' in text and '--fraction' not in text
     text = card_of('my own images (validation) 8+2 sha256:1', fraction=0.5, holdout=0.2)
     assert 'JPEG' not in text and 'trained on my own images with' in text
     assert ' --fraction 0.5 --holdout 0.2 ' in text and ' --data-dir DIR ' in text
+
+    settings.unlink()
+    assert run(checkpoint, '--out', tmp_path / 'hub' / 'qkt') == 0
+    assert recipe in (tmp_path / 'hub' / 'qkt' / 'README.md').read_text()
 
 
 def test_model_that_this_version_lacks(tmp_path, capsys):

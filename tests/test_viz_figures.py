@@ -336,6 +336,9 @@ def test_settings_of_the_solver(image):
     compared, over_regs = (texts(draw({'m': model}, image)) for draw in (figures.compare, figures.reg))
     assert 'm · blocks.1 · head 0 · sot_q, reg 0.2, 3 iterations, tol 0.05' in compared
     assert 'm · blocks.1 · head 0 · sot_q, 3 iterations, tol 0.05' in over_regs
+    # a variant is said where the name does not say it, or begins with it by chance
+    assert 'cct_2_sot_qk · blocks.1 · head 0 · sot_q, 3 it' in texts(figures.reg({'cct_2_sot_qk': model}, image))
+    assert 'cct_2_sot_q (x) · blocks.1 · head 0 · 3 it' in texts(figures.reg({'cct_2_sot_q (x)': model}, image))
 
 
 # All figures
@@ -453,7 +456,8 @@ def test_a_layer_without_the_matrix(image):
 def test_the_distance_is_said():
     """Where it is not the default, and of a layer that has one."""
     for model, said in (
-            (timm.create_model('cct_2_sot_qk', sot_distance='cosine'), True), (timm.create_model('cct_2_sot_qk'), False),
+            (timm.create_model('cct_2_sot_qk', sot_distance='cosine'), True),
+            (timm.create_model('cct_2_sot_qk'), False),
             (timm.create_model('cct_2_sot_shares', sot_distance='cosine'), False)):
         assert ('cosine distance' in figures.describe('model', model, 'blocks.1', 0)) == said
 

@@ -1,4 +1,4 @@
-""" Errors that a user can mend """
+""" Errors that the user can fix """
 import difflib
 
 __all__ = ['UserError', 'first_line', 'missing_extra', 'one_line', 'unknown_model']
@@ -24,7 +24,11 @@ def one_line(error: BaseException) -> str:
 
 def missing_extra(error: ImportError, extra: str = 'study') -> UserError:
     """The error to raise where a package of an extra cannot be imported."""
-    return UserError(f"this needs the package {error.name}; install it with: pip install 'timm-sot[{extra}]'")
+    if isinstance(error, ModuleNotFoundError) and error.name:
+        package = error.name.partition('.')[0]
+        return UserError(f"this needs the package {package}; install it with: pip install 'timm-sot[{extra}]'")
+    # it is there, and broken
+    return UserError(f"a package of timm-sot[{extra}] does not import, reinstall it: {first_line(error)}")
 
 
 def unknown_model(name: str) -> UserError:

@@ -45,7 +45,7 @@ def with_named_source(kwargs: Dict[str, Any]) -> Dict[str, Any]:
 def with_readable_folder(kwargs: Dict[str, Any]) -> Dict[str, Any]:
     """Arguments for timm, in which the file takes the place of a `local-dir:` folder that timm would unpickle.
 
-    timm before 1.0.26 reads folders of safetensors as pickles, in vain.
+    timm before 1.0.26 reads folders of safetensors as pickles, and fails.
     """
     cfg = kwargs.get('pretrained_cfg')
     if tuple(map(int, re.findall(r'\d+', timm.__version__)[:3])) >= (1, 0, 26):
@@ -123,7 +123,7 @@ def explain(error: Exception, cfg: Dict[str, Any], with_config: bool) -> None:
         with_config: Whether the arguments of the model came with the weights.
     """
     # torch says of a pickle that is cut off that its zip archive has no end, or no beginning, or of another zip archive
-    # that it has not the files of a pickle
+    # that it lacks the files of a pickle
     damaged = (
         isinstance(error, (SafetensorError, EOFError))
         or any(reader in str(error) for reader in ('PytorchStreamReader', 'inline_container'))

@@ -49,8 +49,8 @@ def format_card(name: str, model: nn.Module, source: Checkpoint, score: Optional
     origin = f'with timm-sot, which adds {PROJECT}.' if source.by_study else "by timm's train.py."
     install = ''
     if needs_timm_sot(model):
-        install = 'timm loads the weights, timm-sot brings the model; nothing needs to be imported from it:\n\n' \
-            '```bash\npip install timm-sot\n```\n\n'
+        install = 'timm-sot provides the model; timm finds it without an import, once it is installed:\n\n' \
+            '```bash\npip install .  # in a clone of timm-sot\n```\n\n'
         origin += '' if source.by_study else f' timm-sot adds {PROJECT}.'
     return f'''---
 {metadata.to_yaml()}

@@ -115,7 +115,7 @@ def read_study(path: str, weights: Dict[str, torch.Tensor]) -> Checkpoint:
         ('Top-1 during training', f'{result["final"]:.2f} after the last epoch, {result["best"]:.2f} after the best'),
         *spread,
         ('Device', '; '.join(result[key] for key in ('device', 'processor') if key in result)),
-        ('Training time', f'{result["seconds"]:.0f} s'),
+        ('Training time, an equal share where runs trained at once', f'{result["seconds"]:.0f} s'),
         ('Versions', ', '.join(f'{key} {value}' for key, value in result['versions'].items())),
         ('Commit of timm-sot', result['commit'] or 'not recorded'),
         *((_LABELS.get(key, key.replace('_', ' ').capitalize()), value) for key, value in options.items()),
@@ -125,6 +125,9 @@ def read_study(path: str, weights: Dict[str, torch.Tensor]) -> Checkpoint:
     if same_images(result['data'], JPEG):
         limits.append('The images of CIFAR-10 were JPEG files of quality 75 (4:2:0), which costs accuracy: compare it '
                       'only with what was trained and measured on the same files.')
+    if not options:
+        limits.append('How it was trained is not recorded (there was no study.json when it was exported): options that '
+                      'the command above does not give may have been others.')
     if not same_start((model, kwargs), (first, first_kwargs), (first, kwargs), classes, result['seed']):
         limits.append(f'It began with the initial values of {row_name(first, first_kwargs)}, in what the two share; '
                       f'those of the command above are others, and so will its numbers be.')
@@ -185,7 +188,7 @@ def read_train(content: Dict[str, Any]) -> Checkpoint:
         ('Commit of timm-sot', f'not recorded by train.py; exported with timm-sot {__version__}'),
     ]
     config = ''.join(f'{key}: {json.dumps(value, default=str)}\n' for key, value in options.items())
-    command = f'cat > args.yaml << END\n{config}END\npython train.py --config args.yaml --data-dir DIR'
+    command = f"cat > args.yaml << 'END'\n{config}END\npython train.py --config args.yaml --data-dir DIR"
     return Checkpoint(
         args['model'], kwargs, weights, data, [(key, plain(value)) for key, value in facts], command,
         [f'One run with one seed, taken after {epochs} epochs.'], data_args, by_study=False)

@@ -5,6 +5,7 @@ their axes and colours, so they can be compared. Models are in evaluation mode w
 they are in otherwise; `dropout=True` switches the dropout of the attention weights on, and nothing else.
 """
 import math
+import re
 from contextlib import contextmanager
 from typing import Dict, Iterator, List, Mapping, Optional, Sequence, Tuple, Union
 
@@ -525,7 +526,8 @@ def sot_settings(layer: nn.Module, name: str, with_reg: bool = True) -> str:
     """What there is to say of an SOT layer of the model called `name`, '' for one with softmax attention."""
     if not getattr(layer, 'operands', '') and not getattr(layer, 'learned', False):
         return ''
-    settings = [] if layer.variant in name else [layer.variant]
+    named = re.search(rf'{layer.variant}(?!\w)', name)  # sot_q is not named by cct_2_sot_qk
+    settings = [] if named else [layer.variant]
     if with_reg:
         settings.append('reg learned' if layer.learned else f'reg {layer.reg:g}')
     if layer.operands and layer.distance != 'euclidean':

@@ -11,7 +11,7 @@ from timm.layers import to_2tuple
 from torch import nn
 
 from ..digits import load_digits
-from ..errors import UserError, first_line, one_line, unknown_model
+from ..errors import UserError, first_line, missing_extra, one_line, unknown_model
 from ..patch import attention_layers
 
 __all__ = [
@@ -173,9 +173,7 @@ def digits() -> List[Tuple[str, Image.Image]]:
     try:
         images, labels = load_digits((32, 32))
     except ImportError as e:
-        raise UserError(
-            "without --image the images are digits of scikit-learn; install it with: pip install 'timm-sot[viz]'"
-        ) from e
+        raise UserError(f'without --image the images are digits of scikit-learn; {missing_extra(e, "viz")}') from e
     return [
         (f'{i} of the digits, a {label}', Image.fromarray(image.numpy()).convert('RGB'))
         for i, (label, (image,)) in enumerate(zip(labels.tolist(), images))]
