@@ -876,6 +876,7 @@ default_cfgs = generate_default_cfgs({
     'cct_2_sot_qkt.cifar10': _cfg(file=packaged_weights('cct_2_sot_qkt.cifar10')),
     'cct_2_sot_shares.cifar10': _cfg(file=packaged_weights('cct_2_sot_shares.cifar10')),
     'cct_2_sot_shares.e200_cifar10': _cfg(file=packaged_weights('cct_2_sot_shares.e200_cifar10')),
+    'cct_2_sot_shares.e300_cifar10': _cfg(file=packaged_weights('cct_2_sot_shares.e300_cifar10')),
 })
 
 # the original's rates
