@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from timm_sot import attention
-from timm_sot.attention import VARIANTS, sot_attention_weights
+from timm_sot.attention import VARIANTS, shares_attention_weights, sot_attention_weights
 from timm_sot.bench import contenders
 
 CPU = torch.device('cpu')
@@ -24,9 +24,14 @@ def test_contenders_of_the_core_agree():
     for variant in set(VARIANTS) - {'softmax'}:
         learned = contenders.learned_parameters(variant, 1, CPU)
         assert bool(learned) == (variant == 'sot_shares') and all(x.requires_grad and x.is_leaf for x in learned)
-        out, expected = (
-            core(variant)(q, k, v, *learned) for core in (contenders.sot_core, contenders.unfused_core))
-        assert torch.allclose(out, expected, atol=1e-4), variant
+        if learned:
+            weights = shares_attention_weights(q, k, *learned, contenders.ITERS)
+        else:
+            operands, softmax, _ = VARIANTS[variant]
+            weights = sot_attention_weights(
+                q, k, operands, softmax, 'euclidean', contenders.REG, contenders.ITERS, None)
+        assert torch.allclose(contenders.sot_core(variant)(q, k, v, *learned), weights @ v, atol=1e-4), variant
+    assert torch.allclose(contenders.unfused_core(q, k, v), contenders.sot_core('sot_qk')(q, k, v), atol=1e-4)
 
 
 def test_the_path_of_a_contender_is_the_one_it_takes(monkeypatch):

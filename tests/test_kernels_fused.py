@@ -217,6 +217,26 @@ def test_equal_tokens_have_no_gradient(path, dtype, distance, width):
     assert not dq.any() and not dk.any()
 
 
+@pytest.mark.skipif(HAS_CUDA, reason='needs the interpreter')
+@pytest.mark.parametrize('path, width', [('onchip', 64), ('onchip', 128), ('strips', 64), ('streamed', 64)])
+@pytest.mark.parametrize('distance', ['euclidean', 'cosine'])
+def test_equal_tokens_where_products_are_cut_off(monkeypatch, path, width, distance):
+    """As tensor cores may do, by 8e-9 for each channel, which the interpreter does not."""
+    builder = pytest.importorskip('triton.runtime.interpreter').InterpreterBuilder
+    dot = builder.create_dot
+
+    def cut_off(self, a, *args):
+        out = dot(self, a, *args)
+        out.data = out.data * out.data.dtype.type(1. - 8e-9 * a.data.shape[-1])
+        return out
+
+    q, _, v, grad = make_inputs(2, 1, 20, width, torch.float16, device=DEVICE)
+    q = q[:, :, :1].expand_as(q).contiguous()
+    monkeypatch.setattr(builder, 'create_dot', cut_off)
+    _, dq, dk, dv = run(path, q, q.clone(), v, grad, 'sot_qk', distance=distance)
+    assert not dq.any() and not dk.any() and dv.any()
+
+
 @pytest.mark.parametrize('reg', [0.1, 1.])
 @pytest.mark.parametrize('path', PATHS)
 def test_equally_large_entries(path, reg):

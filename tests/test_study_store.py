@@ -21,6 +21,24 @@ def make_result(run=RUN, data='images', device='cpu'):
     return {**run._asdict(), **values, 'top1': [1.] * run.epochs, 'loss': [1.] * run.epochs, 'data': data}
 
 
+def test_files_are_on_disk_before_they_have_their_names(tmp_path, monkeypatch):
+    done = []
+
+    def watch(name, of):
+        call = getattr(os, name)
+        monkeypatch.setattr(os, name, lambda *args: done.append((name, of(*args))) or call(*args))
+
+    watch('fsync', lambda file: os.fstat(file).st_ino)
+    watch('replace', lambda source, target: os.stat(source).st_ino)
+    store = Store(str(tmp_path))
+    store.settle(dict(first=['cct_2', {}]))
+    store.save(RUN, dict(data='images'))
+    store.finish(RUN, make_result(), dict(w=torch.ones(2)))
+    for i, (name, file) in enumerate(done):
+        assert name == 'fsync' or done[i - 1] == ('fsync', file)
+    assert sum(name == 'replace' for name, _ in done) == 3
+
+
 def test_run_names():
     assert RUN.row == 'cct_2 sot_reg=0.5' and RUN.name == 'cct_2-sot_reg-0.5-seed-3-epochs-2'
     assert Run('a-b', {'x': [8, 4], 'y': 'c-d'}, 0, 1).name == 'a-b-x-8-4-y-c-d-seed-0-epochs-1'

@@ -10,8 +10,8 @@ import warnings
 
 _TARGET = 'timm.models'  # once this has loaded, timm's registry is there to be added to
 _registering = []  # not empty while `_register` is at work
-# rooms that the models need, and which may be the first to import timm, with what they define last; they call
-# `autoload` when they are done
+# rooms that the models need, and which may be the first to import timm, with a name that they define after that; they
+# call `autoload` when they are done
 _IMPORTING_TIMM = {'attention': 'SOTAttention', 'weights': 'check_download'}
 
 

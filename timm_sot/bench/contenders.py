@@ -9,13 +9,7 @@ import torch
 import torch.nn.functional as F
 from timm.loss import LabelSmoothingCrossEntropy
 
-from ..attention import (
-    VARIANTS,
-    shares_attention,
-    shares_attention_weights,
-    sot_attention,
-    sot_attention_weights,
-)
+from ..attention import VARIANTS, shares_attention, sot_attention, sot_attention_weights
 from ..kernels.fused import choose_path
 from ..solver import sinkhorn
 from ..study.runner import build_model
@@ -94,12 +88,9 @@ def sot_core(variant: str, iters: int = ITERS) -> Callable[..., torch.Tensor]:
     return lambda q, k, v: sot_attention(q, k, v, operands, softmax, 'euclidean', REG, iters, None)
 
 
-def unfused_core(variant: str) -> Callable[..., torch.Tensor]:
-    """The same by way of the weights, as where they pass through a dropout of their own or are looked at."""
-    operands, softmax, learned = VARIANTS[variant]
-    if learned:
-        return lambda q, k, v, *learned: shares_attention_weights(q, k, *learned, ITERS) @ v
-    return lambda q, k, v: sot_attention_weights(q, k, operands, softmax, 'euclidean', REG, ITERS, None) @ v
+def unfused_core(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """'sot_qk' by way of the weights, as where they pass through a dropout of their own or are looked at."""
+    return sot_attention_weights(q, k, 'qk', True, 'euclidean', REG, ITERS, None) @ v
 
 
 def learned_parameters(variant: str, H: int, device: torch.device) -> Tuple[torch.Tensor, ...]:
@@ -165,7 +156,7 @@ def core_group(
             contender('sdpa', F.scaled_dot_product_attention),
             contender('softmax', eager_softmax),
             *(sot(name) for name in variants if name != 'sot_qkt' or N == D),
-            contender('sot_qk unfused', unfused_core('sot_qk'), matrices=10 + saved),
+            contender('sot_qk unfused', unfused_core, matrices=10 + saved),
             contender('original', original(None), graph=False, matrices=10 + saved),
             contender('original tol=0.1', original(0.1), graph=False, matrices=10 + saved),
         ]

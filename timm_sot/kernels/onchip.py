@@ -44,8 +44,8 @@ NEGLIGIBLE = tl.constexpr(4e-7)
 # Of the cosine also what a GPU's roots and quotients, which are approximate, leave of 1 for equal rows: some 8e-7 by
 # the errors that PTX states for them.
 NEGLIGIBLE_COSINE = tl.constexpr(1.2e-6)
-# For each channel, what tensor cores cut off a product, where sums round: some 8e-7 for 128 of them, by what is known
-# of their accumulators. It is not between squares that come from the same product.
+# For each channel, what tensor cores may cut off a product, where sums round: an estimate, 4e-7 to 8e-7 for 128 of
+# them, not measured. Squares that come from the same product do not differ by it.
 CUT_OFF = tl.constexpr(1e-8)
 
 
